@@ -1,0 +1,98 @@
+"""What every command shares: files that are written whole or not at all, a user's mistake that
+ends in one clear line and exit code 2, and the flags that mean the same everywhere."""
+
+import argparse
+import contextlib
+import io
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """`with replacing(path) as temporary:` write to `temporary`; it becomes `path` at the end, at
+    once and whole. If anything goes wrong, `path` is as it was and nothing is left beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(path, state):
+    """Saves a tree of dicts, lists, numbers and tensors, to be read by `load_state`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def load_state(path):
+    """Reads what `save_state` wrote, running no code from the file. Raises ValueError if it is
+    truncated or something else, FileNotFoundError if it is not there."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a whole state file: {reason}") from error
+
+
+def save_image(path, image):
+    """Writes a Pillow image."""
+    with replacing(path) as temporary:
+        image.save(temporary)
+
+
+def check_writable(path):
+    """Raises OSError now, rather than after an hour's work, if no file can be made at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: it is a folder")
+    with replacing(path.with_name(f".{path.name}.probe")) as temporary:
+        temporary.touch()
+    path.with_name(f".{path.name}.probe").unlink()
+
+
+def run(main):
+    """Runs a command. A user's mistake (ValueError, OSError) is told in one line, exit code 2;
+    an interruption ends with the shell's own code 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_model_flags(parser):
+    """The flags that sampling and training share. What is None comes from the model's defaults."""
+    parser.add_argument("--model", default="digits", help="digits or dit256 (default: digits)")
+    parser.add_argument("--weights", help="the network's weights, if not the usual file")
+    parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
+    parser.add_argument("--sampler", help="ddim, ddim:ETA with ETA from 0 to 1, or ddpm")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is no guidance")
+    parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", help="float32 (default), bfloat16 or float16")
+
+
+def seed(text):
+    """A seed as argparse reads it: a whole number from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1, not {text}")
+    return int(text)
+
+
+def synchronize(device):
+    """Waits for the device, so that a clock read next counts the work given to it before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

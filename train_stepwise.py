@@ -1,0 +1,325 @@
+"""Step-wise denoising training (SDT) of the router: along whole trajectories, student against
+teacher, with no images (HarmoniCa, https://arxiv.org/abs/2410.01723, sections 3.2 and 3.3).
+
+    python train_stepwise.py                               # digits, about 5 minutes on 2 CPU cores
+    python train_stepwise.py --model dit256 --beta 4e-8    # DiT-XL/2, T = 20, a 24 GB GPU
+
+From noise x_T and random labels, at each step i, with the network frozen:
+    teacher     prediction without a cache at the student's x, no gradient
+    student     prediction with the soft cache: branch outputs r new + (1 - r) kept
+    IEPO        L = lambda(i) MSE(student, teacher) + beta sum_k r[i, k]   (the paper's objective)
+    LTC         L =           MSE(student, teacher) + beta sum_k r[i, k]   (Learning-to-Cache's)
+    update      one AdamW step on row i of the router and on nothing else
+    next x      the sampler's step from the student's own prediction
+
+The run folder --out gets router.safetensors, router.png, lambda.png, settings.json, log.jsonl (a
+line per trajectory) and state.pt, from which --resume goes on to the bitwise same router.
+
+Letters: B images, T denoising steps, K cacheable branches.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import command
+import models
+import proxy
+import router as routers
+from cache import SoftCache
+from sample import guided
+from samplers import Noise, make_sampler
+
+# The published settings for DiT-XL/2 (64 rows a batch, counting both guidance halves), and those
+# found for digits by measurement: a logit moves at most lr per update of its row, so a short run
+# needs a high rate.
+DEFAULTS = {
+    "digits": dict(beta=1e-7, lr=0.1, iterations=1600, lambda_every=400, batch_size=8),
+    "dit256": dict(beta=4e-8, lr=0.01, iterations=20000, lambda_every=500, batch_size=32,
+                   micro_batch=8),
+}
+TRAINING, PROXY = 1, 2  # the purposes of Noise
+
+# ------------------------------------------------------------------------------------------------
+# The method
+
+
+@dataclasses.dataclass
+class Chunk:
+    """A part of the batch, with everything that belongs to its trajectories."""
+
+    x: torch.Tensor  # (b, C, H, W)
+    condition: tuple  # for 2 b rows
+    noise: Noise
+    sampler: object
+    share: float  # b / B
+
+
+def chunks_of(model, sampler, seed, images, micro_batch, purpose):
+    """Fresh noise and random labels for the images numbered `images`, in chunks."""
+    chunks = []
+    for first in range(0, len(images), micro_batch):
+        noise = Noise(seed, images[first : first + micro_batch], purpose)
+        x = noise.start(model.shape, model.device)
+        condition = model.network.condition(noise.labels(model.network.num_classes))
+        share = len(noise.images) / len(images)
+        chunks.append(Chunk(x, condition, noise, copy.copy(sampler), share))
+    return chunks
+
+
+def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta):
+    """The paper's algorithm 1, one trajectory: T iterations, T - 1 updates, one a row.
+
+    `lambda_` (T,) weighs each step's error; ones make it the LTC objective.
+    -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
+    Raises ValueError, before the update, if a loss is not finite.
+    """
+    network = model.network
+    caches = [SoftCache(router.scores, tau) for _ in chunks]
+    losses, errors = [0.0], [0.0]
+    for i, t in enumerate(chunks[0].sampler.timesteps):
+        error = 0.0
+        for chunk, cache in zip(chunks, caches, strict=True):
+            if i == 0:  # fills the cache; nothing to learn
+                with torch.no_grad():
+                    prediction = guided(network, chunk.x, t, chunk.condition, guidance,
+                                        cache.start(i))
+            else:
+                with torch.no_grad():
+                    target = guided(network, chunk.x, t, chunk.condition, guidance)
+                prediction = guided(network, chunk.x, t, chunk.condition, guidance, cache.start(i))
+                mse = chunk.share * F.mse_loss(prediction, target)
+                (lambda_[i] * mse).backward()
+                error += mse.item()
+            chunk.x = chunk.sampler.step(prediction.detach(), i, chunk.x, chunk.noise)
+        if i == 0:
+            continue
+        usage = beta * router.scores(i).sum()
+        usage.backward()
+        loss = lambda_[i] * error + usage.item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is not finite at step {i} (timestep {t}): the network's predictions "
+                "overflow; try --dtype float32"
+            )
+        optimizer.step()  # finds a gradient on row i only
+        optimizer.zero_grad()
+        router.clamp(i)
+        losses.append(loss)
+        errors.append(error)
+    return losses, errors
+
+
+def measure_lambda(model, router, chunks, guidance, tau, variant):
+    """The image error proxy over a batch in chunks: -> list of T floats."""
+    scores = torch.sigmoid(router.logits())
+    total = 0
+    for chunk in chunks:
+        total = total + chunk.share * proxy.image_error(
+            model.network, chunk.sampler, chunk.x, chunk.condition, guidance, scores, tau,
+            chunk.noise, variant,
+        )
+    return total.tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def settings_of(args):
+    """The command's flags, completed by the model's defaults: a plain dict, saved with the run.
+    Raises ValueError for a number out of range."""
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("out", "resume", "device")
+    }
+    if args.model not in DEFAULTS:
+        raise ValueError(f"unknown model {args.model}: use {' or '.join(DEFAULTS)}")
+    for key, value in DEFAULTS[args.model].items():
+        if settings[key] is None:
+            settings[key] = value
+    if settings["micro_batch"] is None:
+        settings["micro_batch"] = settings["batch_size"]
+    if not 0 < settings["tau"] < 1:
+        raise ValueError(f"--tau must be between 0 and 1, not {settings['tau']}")
+    if not 0 <= settings["beta"] < math.inf:
+        raise ValueError(f"--beta must be 0 or more, not {settings['beta']}")
+    if not 0 < settings["lr"] < math.inf:
+        raise ValueError(f"--lr must be more than 0, not {settings['lr']}")
+    for key in ("iterations", "lambda_every", "batch_size", "micro_batch"):
+        if settings[key] < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be 1 or more, not {settings[key]}")
+    return settings
+
+
+def open_run(out, settings, resume):
+    """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
+    Raises ValueError if the folder holds a run and this one does not resume it."""
+    command.check_writable(out / "state.pt.probe")
+    state_file = out / "state.pt"
+    if not state_file.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
+    state = command.load_state(state_file)
+    old = state["settings"]
+    changed = [f"{key} {old.get(key)}" for key in settings if settings[key] != old.get(key)]
+    if changed:
+        raise ValueError(f"{out} is a run with other settings: {', '.join(changed)}")
+    return state
+
+
+def train(model, settings, out, resume=False):
+    """A whole run, new or resumed, in the folder `out`. -> a dict of results."""
+    steps, sampler_name = settings["steps"], settings["sampler"]
+    sampler = make_sampler(sampler_name, steps)
+    branches = model.network.branches
+    router = routers.Router(steps, len(branches), settings["seed"]).to(model.device)
+    # AdamW skips parameters without a gradient: every row has moments and a step count of its own.
+    optimizer = torch.optim.AdamW(router.parameters(), settings["lr"], weight_decay=0)
+    lambda_ = [1.0] * steps
+    done, curs, seconds = 0, [], 0.0
+    state = open_run(out, settings, resume)
+    if state:
+        router.load_state_dict(state["router"])
+        optimizer.load_state_dict(state["optimizer"])
+        lambda_, done, curs, seconds = (
+            state[key] for key in ("lambda", "trajectories", "curs", "seconds")
+        )
+    write_json(out / "settings.json", settings)
+    log = out / "log.jsonl"
+    keep_lines(log, done)
+
+    trajectories = math.ceil(settings["iterations"] / steps)
+    every = math.ceil(settings["lambda_every"] / steps)
+    bar = tqdm(total=trajectories * steps, initial=done * steps, unit="iteration")
+    for n in range(done, trajectories):
+        start = time.perf_counter()
+        B = settings["batch_size"]
+
+        def chunks(purpose, images=range(n * B, (n + 1) * B)):
+            return chunks_of(model, sampler, settings["seed"], images, settings["micro_batch"],
+                             purpose)
+
+        measured = settings["objective"] == "iepo" and n % every == 0
+        if measured:
+            bar.set_postfix_str("measuring lambda")
+            lambda_ = measure_lambda(model, router, chunks(PROXY), settings["guidance"],
+                                     settings["tau"], settings["proxy"])
+        losses, errors = train_trajectory(
+            model, router, optimizer, chunks(TRAINING), lambda_, settings["guidance"],
+            settings["tau"], settings["beta"],
+        )
+
+        schedule = routers.threshold(torch.sigmoid(router.logits()), settings["tau"])
+        curs.append(routers.cur(schedule))
+        seconds += time.perf_counter() - start
+        line = {
+            "trajectory": n, "iteration": (n + 1) * steps, "loss": sum(losses) / (steps - 1),
+            "mse": errors, "cur": curs[-1], "computed": schedule.sum(1).tolist(),
+            "seconds": round(seconds, 3),
+        }
+        if measured:
+            line["lambda"] = lambda_
+        # The log first: lines beyond the state are cut off again when a run is resumed.
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        command.save_state(out / "state.pt", {
+            "settings": settings, "router": router.state_dict(),
+            "optimizer": optimizer.state_dict(), "lambda": lambda_, "trajectories": n + 1,
+            "curs": curs, "seconds": seconds,
+        })
+        bar.update(steps)
+        bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * curs[-1]:.1f} %")
+    bar.close()
+
+    logits = router.logits().cpu()
+    results = {
+        "cur": curs[-1],
+        "cur_before_last_quarter": curs[len(curs) * 3 // 4 - 1] if len(curs) >= 4 else 0.0,
+        "lr_updates": settings["lr"] * trajectories,
+        "iterations": trajectories * steps,
+        "seconds": seconds,
+    }
+    save_run(out, model, settings, logits, sampler.timesteps, lambda_, results)
+    return results
+
+
+def save_run(out, model, settings, logits, timesteps, lambda_, results):
+    """Writes what a finished run is for: the router and the pictures of it and of lambda."""
+    about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}"}
+    if settings["objective"] == "ltc":
+        about["proxy"] = "none"
+    routers.save(out / "router.safetensors", logits, **about)
+    picture = routers.heat_map(
+        torch.sigmoid(logits), settings["tau"], timesteps, model.network.branches
+    )
+    command.save_image(out / "router.png", picture)
+    if settings["objective"] == "iepo":
+        command.save_image(out / "lambda.png", proxy.curve(lambda_, timesteps))
+
+
+def keep_lines(path, count):
+    """Cuts a file down to its first `count` lines; makes it if there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with command.replacing(path) as temporary:
+        temporary.write_text("".join(lines[:count]))
+
+
+def write_json(path, value):
+    with command.replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_model_flags(parser)
+    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
+                        help="iepo weighs each step's error by lambda, ltc does not (iepo)")
+    parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
+                        help="the paper's lambda, or the official code's (leave-one-out)")
+    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--iterations", type=int,
+                        help="denoising steps to train on, rounded up to whole trajectories")
+    parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
+    parser.add_argument("--batch-size", type=int, help="trajectories at once (half the rows)")
+    parser.add_argument("--micro-batch", type=int,
+                        help="trajectories in memory at once; same result (default: all)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    args = parser.parse_args()
+
+    settings = settings_of(args)
+    model = models.load(args.model, args.weights, args.device, args.dtype)
+    for key in ("sampler", "steps", "guidance"):
+        if settings[key] is None:
+            settings[key] = getattr(model, key)
+    out = args.out or Path("runs") / args.model
+    print(f"{args.model} on {model.device}: {settings['objective']}, beta {settings['beta']:g}, "
+          f"{settings['sampler']}, T = {settings['steps']}, seed {settings['seed']} -> {out}")
+    results = train(model, settings, out, args.resume)
+
+    moved = 100 * (results["cur"] - results["cur_before_last_quarter"])
+    print(f"CUR {100 * results['cur']:.1f} %; it moved by {moved:+.1f} points in the last quarter "
+          + ("(still moving: train longer)" if abs(moved) >= 1 else "(settled)"))
+    print(f"lr x updates per row {results['lr_updates']:g}"
+          + ("" if results["lr_updates"] >= 8 else
+             " (below 8: rows may not have reached the threshold; raise --lr or --iterations)"))
+    if model.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(f"{results['seconds']:.0f} s; wrote {out}/router.safetensors, router.png and log.jsonl")
+
+
+if __name__ == "__main__":
+    command.run(main)
