@@ -25,7 +25,8 @@ class Cache:
 
     `schedule` is a bool tensor (T, K) whose row 0 is all True: there is nothing to reuse yet.
     Attributes: `computed` and `reused`, lists of K counts of what really happened; `bytes`, what
-    the cache holds now, and `peak_bytes`, the most it ever held.
+    the cache holds now, `peak_bytes`, the most it ever held, and `full_bytes`, what all K entries
+    of a batch take.
     Raises ValueError for another kind of schedule, or if the steps do not follow one another.
     """
 
@@ -37,12 +38,12 @@ class Cache:
         self.steps, self.step = T, T - 1
         self.kept = {}
         self.computed, self.reused = [0] * K, [0] * K
-        self.bytes = self.peak_bytes = 0
+        self.bytes = self.peak_bytes = self.full_bytes = 0
 
     def start(self, i):
         """Call before evaluation i. -> the cache itself."""
         if i == 0:
-            self.kept, self.bytes = {}, 0
+            self.kept, self.bytes, self.full_bytes = {}, 0, 0
         elif i != self.step + 1 or i >= self.steps:
             raise ValueError(f"cache: step {i} of {self.steps} does not follow step {self.step}")
         self.step = i
@@ -54,6 +55,8 @@ class Cache:
         if self.schedule[self.step][k]:
             self.computed[k] += 1
             output = branch()
+            if self.step == 0:
+                self.full_bytes += output.nbytes
             if reused_next:
                 self.kept[k] = output
                 self.bytes += output.nbytes

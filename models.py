@@ -49,7 +49,7 @@ def digits(weights):
     weights = weights or SHIPPED / "digits_dit.safetensors"
     network.load_state_dict(dit.read_weights(weights, network))
     router = SHIPPED / "digits_router.safetensors"
-    return Model("digits", network, "ddim", steps=20, guidance=1.5, latent=False, router=router)
+    return Model("digits", network, "ddim", steps=20, guidance=2.5, latent=False, router=router)
 
 
 def dit256(weights):
@@ -77,6 +77,8 @@ def load(name, weights=None, device=None, dtype=None):
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
     device = torch.device(find_device(device))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as the official code uses it
     model = MODELS[name](weights)
     model.network.eval().requires_grad_(False).to(device, getattr(torch, dtype))
     return model

@@ -181,9 +181,13 @@ def load(path):
             logits, about = file.get_tensor("logits"), file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a router file, or not a whole one: {error}") from error
-    missing = [key for key in ("model", "sampler", "steps", "tau") if key not in about]
-    if missing or logits.dim() != 2 or not torch.isfinite(logits).all():
-        raise ValueError(f"{path} is not a router file: finite logits (T, K) with {missing or ''}")
+    if logits.dim() != 2 or not torch.isfinite(logits).all():
+        raise ValueError(f"{path} is not a router file: its logits are not a finite (T, K) table")
+    for key, kind in (("model", str), ("sampler", str), ("guidance", float), ("tau", float)):
+        try:
+            kind(about[key])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a router file: it does not tell its {key}") from error
     return RouterFile(str(path), logits, about)
 
 
@@ -218,10 +222,11 @@ def heat_map(scores, tau, timesteps, branches):
         ImageDraw.Draw(name).text((0, 0), branches[k], "black", font)
         image.paste(name.rotate(90, expand=True), (left + k * cell, 2))
     draw.text((4, top - 18), "timestep", "black", ImageFont.load_default(11))
-    legend = f"blue: reused (CUR {100 * cur(schedule):.1f} %)   orange: computed, darker = higher"
+    legend = (
+        f"blue: reused, scores up to tau = {tau:g} (CUR {100 * cur(schedule):.1f} %)\n"
+        "orange: computed, the darker the higher the score"
+    )
     draw.text((left, top + T * cell + 10), legend, "black", ImageFont.load_default(14))
-    note = f"score; tau {tau:g}; executed from top to bottom"
-    draw.text((left, top + T * cell + 30), note, "black", ImageFont.load_default(14))
     return image
 
 

@@ -99,12 +99,12 @@ def stack(titles, pictures):
 
 def write(out, images, first=0):
     """uint8 (N, H, W, 3) -> a PNG grid, an ADM-style npz (`arr_0`), or, if `out` has no suffix, a
-    folder of PNGs numbered from `first`."""
+    folder of PNGs numbered from `first`. Latents (N, C, H, W) go into an npz, as `latents`."""
     if out.suffix == ".png":
         command.save_image(out, grid(images))
     elif out.suffix == ".npz":
         with command.replacing(out) as temporary:
-            np.savez(temporary, arr_0=images)
+            np.savez(temporary, **{"arr_0" if images.dtype == np.uint8 else "latents": images})
     else:
         for j, image in enumerate(images):
             command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))
@@ -114,9 +114,11 @@ def write(out, images, first=0):
 # The command
 
 
-def choose_schedule(args, model, sampler, steps):
+def choose_schedule(args, model, sampler, steps, guidance):
     """The flags -> schedule (T, K) and the words that say where it comes from."""
     branches = len(model.network.branches)
+    if args.schedule and args.tau is not None:
+        raise ValueError("--tau is the threshold of a router; a --schedule has none")
     if args.schedule:
         return router.named(args.schedule, steps, branches, args.seed), f"schedule {args.schedule}"
     path = args.router
@@ -128,7 +130,10 @@ def choose_schedule(args, model, sampler, steps):
     file = router.load(path)
     file.check(model.name, sampler, steps, branches)
     tau = file.tau if args.tau is None else args.tau
-    return file.schedule(tau), f"router {path}, tau {tau:g}"
+    words = f"router {path}, tau {tau:g}"
+    if float(file.about["guidance"]) != guidance:
+        words += f", trained at guidance {file.about['guidance']}"
+    return file.schedule(tau), words
 
 
 def choose_labels(text, classes, count):
@@ -159,13 +164,13 @@ def choose_out(args, model):
 
 @dataclasses.dataclass
 class Totals:
-    """What sampling took, with the schedule asked for and, as a reference, without a cache."""
+    """What sampling took for the images that were timed: with a cache and without one, the same
+    images both ways; or, if no cache is used, without."""
 
     images: int = 0
     seconds: float = 0.0
-    full_images: int = 0
     full_seconds: float = 0.0
-    squared_error: float = 0.0  # summed over the images that were made both ways
+    squared_error: float = 0.0  # between the two ways, summed over the images
 
 
 def timed_denoise(model, *args, **kwargs):
@@ -181,12 +186,13 @@ def timed_denoise(model, *args, **kwargs):
 
 
 def generate(model, sampler, guidance, labels, seed, batch_size, cache, compare, totals):
-    """Samples in batches: yields x_0 (B, C, H, W) and the same images made without a cache.
+    """Samples in batches: yields the number of the batch's first image, its x_0 (B, C, H, W), and
+    the same images made without a cache.
 
     The latter are made for the first batch, which is enough for time and error, or for all if
     `compare`; else they are None. `cache` is None for sampling without one. Fills in `totals`.
     """
-    for first in tqdm(range(0, len(labels), batch_size), unit="batch"):
+    for first in tqdm(range(0, len(labels), batch_size), unit="batch", disable=None):
         images = range(first, min(first + batch_size, len(labels)))
         noise = Noise(seed, images)
         x = noise.start(model.shape, model.device)
@@ -194,16 +200,17 @@ def generate(model, sampler, guidance, labels, seed, batch_size, cache, compare,
         if first == 0:  # one evaluation that is not timed, to warm up
             next(walk(model.network, sampler, x, condition, guidance, noise=noise))
         full = None
-        if cache is not None and (compare or first == 0):
-            full, seconds = timed_denoise(model, sampler, x, condition, guidance, noise=noise)
-            totals.full_images += len(images)
-            totals.full_seconds += seconds
+        both = cache is not None and (compare or first == 0)
+        if both:
+            full, full_seconds = timed_denoise(model, sampler, x, condition, guidance, noise=noise)
         x, seconds = timed_denoise(model, sampler, x, condition, guidance, cache, noise)
-        totals.images += len(images)
-        totals.seconds += seconds
-        if full is not None:
+        if both or cache is None:
+            totals.images += len(images)
+            totals.seconds += seconds
+        if both:
+            totals.full_seconds += full_seconds
             totals.squared_error += len(images) * (x - full).double().square().mean().item()
-        yield x, full
+        yield first, x, full
 
 
 def report(network, steps, cache, totals):
@@ -218,23 +225,24 @@ def report(network, steps, cache, totals):
     walks = (cache.computed[0] + cache.reused[0]) / steps
     spared = sum(n * f for n, f in zip(cache.reused, branch_flops, strict=True)) / walks
     share = spared / (steps * (sum(branch_flops) + other_flops))
-    full_seconds = totals.full_seconds / totals.full_images
+    full_seconds = totals.full_seconds / totals.images
     print(f"                     no cache      cached\n"
           f"seconds per image  {full_seconds:10.4f}  {seconds:10.4f}   "
           f"{full_seconds / seconds:.2f} x faster\n"
           f"GFLOP per image    {gflop:10.3f}  {gflop * (1 - share):10.3f}   "
           f"{1 / (1 - share):.2f} x by arithmetic, {100 * share:.1f} % saved\n"
           f"CUR counted        {0:8.1f} %  {100 * cache.cur:8.1f} %\n"
-          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB\n"
+          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB   "
+          f"of {cache.full_bytes / 1e6:.2f} MB that all branches of a batch take\n"
           f"mean squared error to the uncached image: "
-          f"{totals.squared_error / totals.full_images:.2e} ({totals.full_images} images)")
+          f"{totals.squared_error / totals.images:.2e} ({totals.images} images)")
 
 
 def comparison(full, cached, totals, cache):
     """The picture of --compare, from uint8 (N, H, W, 3) without and with the cache."""
     difference = np.abs(full.astype(int) - cached.astype(int))
     titles = [
-        f"no cache: {totals.full_seconds / totals.full_images:.3f} s per image",
+        f"no cache: {totals.full_seconds / totals.images:.3f} s per image",
         f"cached, CUR {100 * cache.cur:.1f} %: {totals.seconds / totals.images:.3f} s per image",
         "difference, 4 times enlarged",
     ]
@@ -265,7 +273,7 @@ def main():
     guidance = model.guidance if args.guidance is None else args.guidance
     sampler_name = args.sampler or model.sampler
     sampler = make_sampler(sampler_name, steps)
-    schedule, source = choose_schedule(args, model, sampler_name, steps)
+    schedule, source = choose_schedule(args, model, sampler_name, steps, guidance)
     labels = choose_labels(args.labels, model.network.num_classes, args.num_samples)
     out = choose_out(args, model)
     print(f"{model.name}, {sampler_name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
@@ -275,12 +283,12 @@ def main():
     totals, kept, kept_full = Totals(), [], []
     batches = generate(model, sampler, guidance, labels, args.seed, args.batch_size, cache,
                        args.compare, totals)
-    for x, full in batches:
+    for first, x, full in batches:
         images = x.cpu().numpy() if model.latent else to_pixels(x)
         if out.suffix:
             kept.append(images)
         else:
-            write(out, images, first=totals.images - len(images))
+            write(out, images, first)
         if args.compare:
             kept_full.append(to_pixels(full))
     report(model.network, steps, cache, totals)

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from samplers import Noise, make_sampler
 # found for digits by measurement: a logit moves at most lr per update of its row, so a short run
 # needs a high rate.
 DEFAULTS = {
-    "digits": dict(beta=1e-7, lr=0.1, iterations=1600, lambda_every=400, batch_size=8),
+    "digits": dict(beta=6e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
     "dit256": dict(beta=4e-8, lr=0.01, iterations=20000, lambda_every=500, batch_size=32,
                    micro_batch=8),
 }
@@ -82,20 +83,19 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
     -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
     Raises ValueError, before the update, if a loss is not finite.
     """
-    network = model.network
     caches = [SoftCache(router.scores, tau) for _ in chunks]
     losses, errors = [0.0], [0.0]
     for i, t in enumerate(chunks[0].sampler.timesteps):
         error = 0.0
         for chunk, cache in zip(chunks, caches, strict=True):
-            if i == 0:  # fills the cache; nothing to learn
-                with torch.no_grad():
-                    prediction = guided(network, chunk.x, t, chunk.condition, guidance,
-                                        cache.start(i))
+            predict = partial(guided, model.network, chunk.x, t, chunk.condition, guidance)
+            if i == 0:
+                with torch.no_grad():  # computes everything and fills the cache: no loss
+                    prediction = predict(cache.start(i))
             else:
                 with torch.no_grad():
-                    target = guided(network, chunk.x, t, chunk.condition, guidance)
-                prediction = guided(network, chunk.x, t, chunk.condition, guidance, cache.start(i))
+                    target = predict()  # teacher
+                prediction = predict(cache.start(i))  # student
                 mse = chunk.share * F.mse_loss(prediction, target)
                 (lambda_[i] * mse).backward()
                 error += mse.item()
@@ -162,8 +162,8 @@ def settings_of(args):
 def open_run(out, settings, resume):
     """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
     Raises ValueError if the folder holds a run and this one does not resume it."""
-    command.check_writable(out / "state.pt.probe")
     state_file = out / "state.pt"
+    command.check_writable(state_file)
     if not state_file.exists():
         return None
     if not resume:
@@ -199,7 +199,7 @@ def train(model, settings, out, resume=False):
 
     trajectories = math.ceil(settings["iterations"] / steps)
     every = math.ceil(settings["lambda_every"] / steps)
-    bar = tqdm(total=trajectories * steps, initial=done * steps, unit="iteration")
+    bar = tqdm(total=trajectories * steps, initial=done * steps, unit="iteration", disable=None)
     for n in range(done, trajectories):
         start = time.perf_counter()
         B = settings["batch_size"]

@@ -1,0 +1,362 @@
+"""Time and memory, measured side by side on the CPU: what the cache costs beyond the branches that
+it skips, and what an iteration of training costs beside the same one in the official code's way.
+
+    python -m experiments.benchmark                      # all, about 12 minutes on 2 idle cores
+    python -m experiments.benchmark --only digits --repeats 9
+
+cache     the denoising loop at DiT-XL's width: cached / (uncached - skipped branches), bar 1.05
+digits    the same for the digits network, whose branches are so short that all else shows, bar 1.15
+training  one iteration at DiT-S/2: ours / official, bars 0.6 for time and 0.4 for activations
+memory    a formula for the bytes of training, held against a measurement, then used for DiT-XL/2
+
+What is compared is measured in turn, round by round, in one process; ratios are taken within a
+round, and the figures are medians over the rounds. Weights are random: only their shapes matter.
+
+Letters: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
+K = 2 L branches.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+
+import command
+import dit
+import models
+import router as routers
+import train_stepwise
+from cache import Cache, SoftCache
+from sample import denoise, guided
+from samplers import DDIM, Noise
+
+SEED, GUIDANCE, TAU, BETA = 0, 1.5, 0.1, 4e-8
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def random_model(sizes):
+    """A frozen DiT with random weights, none of whose gates is zero, as a model for sampling."""
+    torch.manual_seed(SEED)
+    network = dit.DiT(**sizes).eval().requires_grad_(False)
+    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE, latent=True)
+
+
+def in_turn(measures, repeats):
+    """Calls every function once to warm up, then in rounds, each round starting with the next one:
+    {name: function} -> {name: list of what it returned in each round}."""
+    results = {name: [] for name in measures}
+    for measure in measures.values():
+        measure()
+    order = list(measures)
+    for _ in range(repeats):
+        for name in order:
+            results[name].append(measures[name]())
+        order.append(order.pop(0))
+    return results
+
+
+def median_ratio(numerators, denominators):
+    """The median of the rounds' own ratios, which a slow round hardly moves."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# The cache while sampling
+
+
+class BranchTimer:
+    """Stands where a cache would: computes every branch and notes its seconds, (T, K)."""
+
+    def __init__(self, steps, branches):
+        self.seconds = np.zeros((steps, branches))
+
+    def start(self, i):
+        self.step = i
+        return self
+
+    def __call__(self, k, branch):
+        start = time.perf_counter()
+        output = branch()
+        self.seconds[self.step, k] = time.perf_counter() - start
+        return output
+
+
+def example_schedules(T, K):
+    """{name: schedule (T, K)}: reuse of one kind of branch, of a random mixture, of whole steps."""
+    attention, mlp = routers.none(T, K), routers.none(T, K)
+    attention[1::2, 0::2] = False
+    mlp[1::2, 1::2] = False
+    schedules = {"attention, every 2nd step": attention, "MLP, every 2nd step": mlp}
+    for name in ("random:0.4", "fora:2"):
+        schedules[name] = routers.named(name, T, K, SEED)
+    return schedules
+
+
+def speed_by_arithmetic(network, schedule):
+    """How many times less arithmetic the schedule leaves to do."""
+    branch_flops, other_flops = network.flops()
+    T = len(schedule)
+    full = T * (sum(branch_flops) + other_flops)
+    left = (schedule * torch.tensor(branch_flops)).sum().item() + T * other_flops
+    return full / left
+
+
+def benchmark_cache(title, sizes, steps, images, repeats, bar):
+    """Measures the denoising loop without a cache, with timed branches, and under each schedule."""
+    model = random_model(sizes)
+    network, sampler = model.network, DDIM(steps)
+    K = len(network.branches)
+    noise = Noise(SEED, range(images))
+    x = noise.start(model.shape)
+    condition = network.condition(noise.labels(network.num_classes))
+
+    def timed(make_cache):
+        def measure():
+            cache = make_cache()
+            start = time.perf_counter()
+            denoise(network, sampler, x, condition, GUIDANCE, cache)
+            return time.perf_counter() - start, cache
+
+        return measure
+
+    schedules = example_schedules(steps, K)
+    measures = {"plain": timed(lambda: None), "timer": timed(lambda: BranchTimer(steps, K))}
+    for name, schedule in schedules.items():
+        measures[name] = timed(lambda schedule=schedule: Cache(schedule))
+    results = in_turn(measures, repeats)
+
+    plain = [seconds for seconds, _ in results["plain"]]
+    N, D = network.pos_embed.shape[1:]
+    timer = median_ratio([seconds for seconds, _ in results["timer"]], plain)
+    print(f"\n{title}: D = {D}, {K // 2} blocks, {N} tokens, T = {steps}, {images} images, "
+          f"{repeats} rounds\n"
+          f"uncached {statistics.median(plain):.3f} s (with every branch timed: {timer:.3f} x)\n"
+          f"ratio = cached / (uncached - skipped branches), bar {bar}\n\n"
+          f"{'':26}{'CUR %':>6}{'skipped s':>11}{'cached s':>10}{'ratio':>7}{'speed-up':>10}"
+          f"{'arithmetic':>12}{'peak cache MB':>15}{'of':>8}")
+    for name, schedule in schedules.items():
+        reuse = ~schedule.numpy()
+        skipped = [branch_timer.seconds[reuse].sum() for _, branch_timer in results["timer"]]
+        cached = [seconds for seconds, _ in results[name]]
+        least = [a - b for a, b in zip(plain, skipped, strict=True)]
+        _, cache = results[name][0]
+        promise = speed_by_arithmetic(network, schedule)
+        print(f"{name:26}{100 * routers.cur(schedule):6.1f}{statistics.median(skipped):11.3f}"
+              f"{statistics.median(cached):10.3f}{median_ratio(cached, least):7.3f}"
+              f"{median_ratio(plain, cached):8.2f} x{promise:10.2f} x"
+              f"{cache.peak_bytes / 1e6:15.2f}{cache.full_bytes / 1e6:8.2f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# An iteration of training
+
+
+class TwoSteps(DDIM):
+    """The first two of DDIM's T steps: one to fill the cache, one to learn from. Notes when the
+    first of them is over, which is when the learning begins."""
+
+    def __init__(self, steps):
+        super().__init__(steps)
+        self.timesteps = self.timesteps[:2]
+
+    def step(self, prediction, i, x, noise=None):
+        x = super().step(prediction, i, x, noise)
+        if i == 0:
+            self.filled = time.perf_counter()
+        return x
+
+
+def our_iteration(model, router, optimizer, chunk):
+    """The trainer's own function, on two steps: -> seconds of the second, one iteration."""
+    model.network.requires_grad_(False)
+    lambda_ = [1.0] * len(chunk.sampler.timesteps)
+    train_stepwise.train_trajectory(
+        model, router, optimizer, [chunk], lambda_, GUIDANCE, TAU, BETA
+    )
+    return time.perf_counter() - chunk.sampler.filled
+
+
+def official_iteration(model, router, optimizer, chunk):
+    """The same two steps as the official code goes about them: -> seconds of the second.
+
+    The network's parameters want gradients too, so every product keeps its input for them; the
+    teacher's graph is kept, and gone through backwards, because nothing detaches its prediction.
+    """
+    network, sampler = model.network.requires_grad_(True), chunk.sampler
+    cache = SoftCache(router.scores, TAU)
+    with torch.no_grad():
+        prediction = guided(network, chunk.x, sampler.timesteps[0], chunk.condition, GUIDANCE,
+                            cache.start(0))
+        x = sampler.step(prediction, 0, chunk.x)
+
+    t = sampler.timesteps[1]
+    target = guided(network, x, t, chunk.condition, GUIDANCE)
+    prediction = guided(network, x, t, chunk.condition, GUIDANCE, cache.start(1))
+    loss = ((target - prediction) ** 2).mean() + BETA * router.scores(1).sum()
+    optimizer.zero_grad()
+    network.zero_grad()
+    loss.backward()
+    optimizer.step()
+    router.clamp(1)
+    loss.item()
+    sampler.step(prediction.detach(), 1, x)
+    seconds = time.perf_counter() - sampler.filled
+    network.requires_grad_(False).zero_grad()  # leaves no gradients lying about for the other
+    return seconds
+
+
+class Iteration:
+    """Calls `iterate` on the same images and router every time, afresh."""
+
+    def __init__(self, model, images, iterate):
+        self.model, self.images, self.iterate = model, images, iterate
+
+    def __call__(self):
+        model, steps = self.model, self.model.steps
+        self.router = routers.Router(steps, len(model.network.branches), SEED)
+        self.optimizer = torch.optim.AdamW(self.router.parameters(), 0.01, weight_decay=0)
+        (chunk,) = train_stepwise.chunks_of(
+            model, TwoSteps(steps), SEED, range(self.images), self.images, train_stepwise.TRAINING
+        )
+        return self.iterate(model, self.router, self.optimizer, chunk)
+
+    def saved_bytes(self):
+        """What autograd keeps from the forward for the backward, every storage counted once:
+        -> bytes without the network's own parameters, and bytes with them."""
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self()
+        own = {p.untyped_storage().data_ptr() for p in self.model.network.parameters()}
+        everything = sum(storages.values())
+        return sum(size for key, size in storages.items() if key not in own), everything
+
+    def gradient(self):
+        """The last call's gradient on the row that it trained, (K,): AdamW's first moment is a
+        tenth of it."""
+        return 10 * self.optimizer.state[self.router.rows[0]]["exp_avg"]
+
+
+def benchmark_training(repeats, images=2):
+    """Measures one iteration at DiT-S/2, ours and in the official code's way."""
+    model = random_model(dit.SIZES["S/2"])
+    ours = Iteration(model, images, our_iteration)
+    official = Iteration(model, images, official_iteration)
+    seconds = in_turn({"ours": ours, "official": official}, repeats)
+    gradient = official.gradient()
+    difference = (ours.gradient() - gradient).abs().max() / gradient.abs().max()
+    (saved, with_weights), (saved2, with_weights2) = ours.saved_bytes(), official.saved_bytes()
+    rows = [
+        ("seconds an iteration", *(statistics.median(seconds[name]) for name in seconds),
+         median_ratio(seconds["ours"], seconds["official"]), "bar 0.6, aim 0.5"),
+        ("saved activations, MB", saved / 1e6, saved2 / 1e6, saved / saved2, "bar 0.4"),
+        ("the same and weights, MB", with_weights / 1e6, with_weights2 / 1e6,
+         with_weights / with_weights2, ""),
+    ]
+    print(f"\ntraining: one iteration of DiT-S/2, {images} images ({2 * images} rows), "
+          f"{repeats} rounds\nboth compute the same gradient: the largest difference is "
+          f"{difference:.0e} of the largest entry\n\n"
+          f"{'':26}{'ours':>10}{'official':>10}{'ratio':>8}")
+    for name, a, b, ratio, bar in rows:
+        print(f"{name:26}{a:10.3f}{b:10.3f}{ratio:8.3f}   {bar}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The memory of training
+
+
+def entry_bytes(network):
+    """One row's output of one branch, in float32: N D numbers."""
+    N, D = network.pos_embed.shape[1:]
+    return 4 * N * D
+
+
+def saved_by_formula(network, rows):
+    """Bytes that the student's graph keeps until its backward, float32, the network frozen.
+
+    A block keeps, in units of N D numbers a row: for attention the input of its norm 1, q k v 3,
+    their result 1, the branch's output 1; for the MLP the input of its norm 1, that of its GELU
+    `mlp_ratio`, the output 1; and both cached entries, 2. The first block's input needs no gradient
+    and so its attention keeps only the output and the entry; the last norm keeps its input. Beside
+    that a few numbers a token and a few vectors of modulation, less than 1 %, are left out.
+    """
+    block = 10 + network.mlp_ratio
+    return rows * entry_bytes(network) * (block * len(network.blocks) - 5 + 1)
+
+
+def training_bytes(network, images, micro_batch):
+    """What a run of the trainer holds at its largest, by formula: {part: bytes}, float32."""
+    K, entry = len(network.branches), entry_bytes(network)
+    cache_of_chunk = K * entry * 2 * micro_batch
+    return {
+        "weights": sum(4 * p.numel() for p in network.parameters()),
+        "cache of the batch": K * entry * 2 * images,
+        # The saved tensors include the chunk's entries, which are counted in the cache already.
+        "activations of a chunk": saved_by_formula(network, 2 * micro_batch) - cache_of_chunk,
+        "a chunk's next entries": cache_of_chunk,
+    }
+
+
+def benchmark_memory(images=2):
+    """Holds the formula against a measurement at DiT-S/2; prints what it says of DiT-XL/2."""
+    model = random_model(dit.SIZES["S/2"])
+    rows, blocks = 2 * images, len(model.network.blocks)
+    measured, _ = Iteration(model, images, our_iteration).saved_bytes()
+    formula = saved_by_formula(model.network, rows)
+    print(f"\nmemory: saved activations of DiT-S/2, {rows} rows, float32, MB\n"
+          f"{'':10}{'all':>8}{'a row':>8}{'a row and block':>18}")
+    for name, size in (("measured", measured), ("formula", formula)):
+        megabytes = size / 1e6
+        print(f"{name:10}{megabytes:8.1f}{megabytes / rows:8.2f}{megabytes / rows / blocks:18.3f}")
+    print(f"formula / measured {formula / measured:.3f}\n\n"
+          "formula for a run of DiT-XL/2, 32 images, --micro-batch 8, float32:")
+    with torch.device("meta"):
+        network = dit.DiT(**dit.SIZES["XL/2"])
+    parts = training_bytes(network, images=32, micro_batch=8)
+    for name, size in {**parts, "total": sum(parts.values())}.items():
+        print(f"{name:26}{size / 2**30:8.2f} GiB")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=["cache", "digits", "training", "memory"],
+                        help="one of the four (default: all)")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help="rounds; digits runs 4 times as many (5)")
+    args = parser.parse_args()
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be 1 or more, not {args.repeats}")
+
+    benchmarks = {
+        "cache": lambda: benchmark_cache(
+            "cache", {**dit.SIZES["XL/2"], "depth": 8}, 10, 1, args.repeats, 1.05
+        ),
+        "digits": lambda: benchmark_cache(
+            "digits", dit.SIZES["digits"], 20, 16, 4 * args.repeats, 1.15
+        ),
+        "training": lambda: benchmark_training(args.repeats),
+        "memory": benchmark_memory,
+    }
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seed {SEED}")
+    for name, benchmark in benchmarks.items():
+        if args.only in (None, name):
+            benchmark()
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,20 @@
+"""A tiny network that the tests share."""
+
+import torch
+
+import dit
+
+
+def tiny_dit(seed=0, **changes):
+    """A frozen DiT with 16 tokens and 6 branches, of which every parameter is drawn N(0, 0.15^2).
+    No gate is zero, as it is in a freshly initialised network, so that every branch acts; the
+    output is of order 1. `changes` are arguments of dit.DiT."""
+    sizes = dict(
+        input_size=8, patch_size=2, in_channels=2, hidden_size=32, depth=3, num_heads=2,
+        num_classes=5, learn_sigma=True,
+    )
+    network = dit.DiT(**{**sizes, **changes})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    return network.eval().requires_grad_(False)

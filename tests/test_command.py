@@ -1,0 +1,254 @@
+"""Files that are written whole or not at all, and errors that end in one line."""
+
+import argparse
+import os
+
+import pytest
+import torch
+
+import command
+
+
+def names(folder):
+    """Everything in a folder, hidden files too."""
+    return sorted(os.listdir(folder))
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_replacing_makes_folders_and_shows_the_file_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    with command.replacing(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # else the move to `path` could not be at once
+        assert temporary.suffix == path.suffix  # numpy and Pillow go by it
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_replacing_overwrites(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with command.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_replacing_leaves_everything_as_it_was_after_an_exception(tmp_path, error, old):
+    path = tmp_path / "file.txt"
+    if old:
+        path.write_text(old)
+    with pytest.raises(error), command.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error("in the middle")
+    assert names(tmp_path) == (["file.txt"] if old else [])
+    assert not old or path.read_text() == old
+
+
+@pytest.mark.parametrize("function", ["write_bytes", "replace"])
+def test_save_state_on_a_full_disk_keeps_the_old_state(tmp_path, monkeypatch, function):
+    path = tmp_path / "state.pt"
+    command.save_state(path, {"step": 1})
+
+    def full(file, *args):
+        if function == "write_bytes":
+            with open(file, "wb") as opened:
+                opened.write(args[0][:10])
+        raise OSError(28, "No space left on device")
+
+    owner = command.Path if function == "write_bytes" else command.os
+    monkeypatch.setattr(owner, function, full)
+    with pytest.raises(OSError, match="No space left"):
+        command.save_state(path, {"step": 2})
+    assert command.load_state(path) == {"step": 1}
+    assert names(tmp_path) == ["state.pt"]
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    state = {
+        "numbers": [1, 2.5, -3, None, True, 2**62],
+        "nested": {"text": "å", 7: [{}, []]},
+        "tensors": {
+            dtype: torch.arange(6).view(2, 3).to(dtype)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
+        },
+    }
+    command.save_state(tmp_path / "state.pt", state)
+    back = command.load_state(tmp_path / "state.pt")
+    tensors, expected = back.pop("tensors"), state.pop("tensors")
+    assert back == state
+    assert tensors.keys() == expected.keys()
+    for dtype, tensor in tensors.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[dtype])
+
+
+def test_the_state_of_an_optimiser_comes_back_bitwise(tmp_path):
+    rows = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(rows, 0.1)
+    rows[1].grad = torch.tensor([1.0, -2.0, 0.3])
+    optimizer.step()
+    command.save_state(tmp_path / "state.pt", optimizer.state_dict())
+    back = command.load_state(tmp_path / "state.pt")
+    expected = optimizer.state_dict()
+    assert back["param_groups"] == expected["param_groups"]
+    assert back["state"].keys() == expected["state"].keys() == {1}
+    for key, value in expected["state"][1].items():
+        assert torch.equal(back["state"][1][key], value)
+
+
+def test_a_truncated_state_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "state.pt"
+    command.save_state(path, {"tensor": torch.ones(100)})
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a whole state file") as caught:
+            command.load_state(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_text_is_refused_as_a_state(tmp_path):
+    path = tmp_path / "state.pt"
+    path.write_text("<html>not found</html>\n")
+    with pytest.raises(ValueError, match="not a whole state file"):
+        command.load_state(path)
+
+
+class Dangerous:
+    """Pickled, it is an instruction to make a folder when it is read."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_pickle_that_carries_code_is_refused_and_not_run(tmp_path):
+    path, folder = tmp_path / "state.pt", tmp_path / "made"
+    torch.save({"router": Dangerous(str(folder))}, path)
+    with pytest.raises(ValueError, match="not a whole state file"):
+        command.load_state(path)
+    assert not folder.exists()
+
+
+def test_a_missing_state_is_said_to_be_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"state\.pt"):
+        command.load_state(tmp_path / "state.pt")
+
+
+def test_check_writable_leaves_no_file(tmp_path):
+    command.check_writable(tmp_path / "new" / "file.png")
+    command.check_writable(str(tmp_path / "file.png"))
+    assert names(tmp_path) == ["new"]
+    assert names(tmp_path / "new") == []
+
+
+def test_check_writable_does_not_touch_a_file_that_is_there(tmp_path):
+    path = tmp_path / "file.png"
+    path.write_text("old")
+    command.check_writable(path)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.png"]
+
+
+def test_check_writable_refuses_a_folder_and_what_lies_under_a_file(tmp_path):
+    with pytest.raises(OSError, match="it is a folder"):
+        command.check_writable(tmp_path)
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="file"):
+        command.check_writable(tmp_path / "file" / "samples.png")
+    with pytest.raises(OSError, match="file"):
+        command.check_writable(tmp_path / "file" / "deeper" / "samples.png")
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_check_writable_refuses_a_folder_without_permission(tmp_path, monkeypatch):
+    def touch(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(command.Path, "touch", touch)  # as root, permissions stop nobody
+    with pytest.raises(PermissionError):
+        command.check_writable(tmp_path / "samples.png")
+    assert names(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# A command's end
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bad value"), OSError("a bad file"), FileNotFoundError("no file"),
+              ConnectionError("no server"), PermissionError(13, "Permission denied", "file")],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {error}\n"
+    assert printed.out == ""
+
+
+def test_an_interruption_is_exit_code_130(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, TypeError, AssertionError, IndexError])
+def test_a_mistake_of_the_code_is_not_hidden(error):
+    def main():
+        raise error("a bug")
+
+    with pytest.raises(error, match="a bug"):
+        command.run(main)
+
+
+def test_a_command_that_succeeds_just_returns(capsys):
+    command.run(lambda: print("done"))
+    assert capsys.readouterr() == ("done\n", "")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+@pytest.mark.parametrize("text, number", [("0", 0), ("7", 7), (str(2**63 - 1), 2**63 - 1)])
+def test_seeds(text, number):
+    assert command.seed(text) == number
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "", "one", "0x10", "²", str(2**63)])
+def test_other_seeds_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="a seed is"):
+        command.seed(text)
+
+
+def test_model_flags_leave_what_the_model_decides_open():
+    parser = argparse.ArgumentParser()
+    command.add_model_flags(parser)
+    args = vars(parser.parse_args([]))
+    assert args.pop("model") == "digits"
+    assert args.pop("seed") == 0
+    assert set(args.values()) == {None}
+    args = parser.parse_args(["--steps", "10", "--guidance", "4", "--seed", "3"])
+    assert (args.steps, args.guidance, args.seed) == (10, 4.0, 3)

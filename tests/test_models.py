@@ -1,0 +1,338 @@
+"""Models by name: what is loaded, how it is left, and the download of official weights, here from
+a server on this machine."""
+
+import http.server
+import socket
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dit
+import models
+
+from .small import tiny_dit
+
+TINY = dict(hidden_size=32, depth=2, num_heads=2, patch_size=8)  # in place of XL/2's sizes
+
+
+def random_network(seed, **sizes):
+    """A DiT whose parameters are all drawn N(0, 0.05^2)."""
+    network = dit.DiT(**sizes)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A network of the digits size, and its weights' file."""
+    network = random_network(0, **dit.SIZES["digits"])
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(network.state_dict(), path)
+    return network, path
+
+
+@pytest.fixture
+def tiny_xl(tmp_path, monkeypatch):
+    """dit256 made small: a network of its kind, and its weights' file, as the official one is."""
+    monkeypatch.setitem(dit.SIZES, "XL/2", TINY)
+    network = random_network(1, **TINY, input_size=32)
+    path = tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save(network.state_dict(), path)
+    return network, path
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_digits_has_the_files_parameters_bitwise(digits):
+    network, path = digits
+    model = models.load("digits", weights=path, device="cpu")
+    loaded, expected = model.network.state_dict(), network.state_dict()
+    assert loaded.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(loaded[key], expected[key]), key
+
+
+def test_what_digits_is_used_with(digits):
+    model = models.load("digits", weights=str(digits[1]), device="cpu")
+    assert (model.name, model.sampler, model.steps, model.guidance) == ("digits", "ddim", 20, 1.5)
+    assert not model.latent
+    assert model.shape == (1, 28, 28)
+    assert model.device == torch.device("cpu")
+    assert model.router == models.SHIPPED / "digits_router.safetensors"
+    assert model.network.num_classes == 10
+
+
+def test_a_model_is_frozen_and_in_eval_mode(digits, tiny_xl):
+    for name, (_, path) in (("digits", digits), ("dit256", tiny_xl)):
+        network = models.load(name, weights=path, device="cpu").network
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert not any(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.bfloat16, None])
+def test_dtype_is_that_of_every_parameter_and_buffer(digits, dtype):
+    network, path = digits
+    model = models.load("digits", weights=path, device="cpu", dtype=dtype)
+    wanted = torch.float32 if dtype is None else getattr(torch, str(dtype).split(".")[-1])
+    loaded = model.network.state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {wanted}
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(loaded[key], tensor.to(wanted)), key
+
+
+def test_a_bfloat16_network_answers_in_the_dtype_of_its_input(digits):
+    network, path = digits
+    model = models.load("digits", weights=path, device="cpu", dtype="bfloat16")
+    x = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([500]), torch.tensor([3])
+    exact, rounded = network(x, t, y), model.network(x, t, y)
+    assert rounded.dtype == torch.float32
+    difference = (rounded - exact).norm() / exact.norm()
+    assert 0 < difference < 0.05  # bfloat16 keeps 8 bits
+
+
+def test_unknown_names_are_refused_with_those_that_exist(digits):
+    with pytest.raises(ValueError, match="unknown model sdxl: use digits or dit256"):
+        models.load("sdxl")
+    with pytest.raises(ValueError, match="unknown dtype int8: use float32, bfloat16 or float16"):
+        models.load("digits", weights=digits[1], dtype="int8")
+    for device in ("gpu", "cpu:1", "", "cuda" if not torch.cuda.is_available() else "tpu"):
+        with pytest.raises(ValueError, match=f"no device {device} here"):
+            models.load("digits", weights=digits[1], device=device)
+
+
+def test_the_default_device_is_cuda_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.find_device() == "cpu"
+    with pytest.raises(ValueError, match="no device cuda here"):
+        models.find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models.find_device() == "cuda"
+    assert models.find_device("cuda:1") == "cuda:1"
+    assert models.find_device("cpu") == "cpu"
+
+
+def test_weights_that_are_missing_or_do_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*nothing\.safetensors"):
+        models.load("digits", weights=tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        models.load("digits", weights=tmp_path)
+    save_file(tiny_dit().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not fit this network: missing blocks.3") as caught:
+        models.load("digits", weights=tmp_path / "other.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3), {"pos_embed": 3}, {"ema": [1]}])
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt"):
+        models.load("digits", weights=tmp_path / "other.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# dit256, which is built without memory
+
+
+def test_dit256_has_real_tensors_everywhere(tiny_xl):
+    network, path = tiny_xl
+    model = models.load("dit256", weights=path, device="cpu")
+    loaded, expected = model.network.state_dict(), network.state_dict()
+    assert loaded.keys() == expected.keys()
+    tensors = [*model.network.parameters(), *model.network.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    for key in expected:
+        assert torch.equal(loaded[key], expected[key]), key
+    assert torch.equal(model.network.pos_embed[0], dit.position_embedding(32, 4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dit256_computes_what_an_ordinarily_built_network_does(tiny_xl, dtype):
+    network, path = tiny_xl
+    model = models.load("dit256", weights=path, device="cpu", dtype=dtype)
+    network.to(getattr(torch, dtype))
+    x = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([999, 5]), torch.tensor([1, 1000])
+    assert torch.equal(model.network(x, t, y), network(x, t, y))
+
+
+def test_what_dit256_is_used_with(tiny_xl):
+    model = models.load("dit256", weights=tiny_xl[1], device="cpu")
+    assert (model.name, model.sampler, model.steps, model.guidance) == ("dit256", "ddim", 20, 1.5)
+    assert model.latent
+    assert model.shape == (4, 32, 32)
+    assert model.network.num_classes == 1000
+    assert model.router is None
+
+
+def test_dit256_really_is_the_xl_network_on_latents(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dit, "read_weights", lambda path, network: asked.append(network) or {})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **flags: None)
+    models.dit256(tmp_path / "weights.pt")
+    (network,) = asked
+    assert len(network.blocks) == 28
+    assert network.pos_embed.shape == (1, 256, 1152)
+    assert all(parameter.is_meta for parameter in network.parameters())  # no 2.7 GB here
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloads
+
+
+class Server:
+    """A server on this machine with one file, that notes what it is asked."""
+
+    def __init__(self, body, missing=0, announce=True):
+        """Keeps the last `missing` bytes of `body` to itself; `announce`: says its length."""
+        self.requests = requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                requests.append(f"{self.command} {self.path}")
+                found = self.path == "/models/weights.pt"
+                self.send_response(200 if found else 404)
+                if found and announce:
+                    self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                return found
+
+            def do_GET(self):
+                if self.do_HEAD():
+                    self.wfile.write(body[: len(body) - missing])
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/models/weights.pt"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty torch cache: -> the folder that downloads land in."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def assert_helpful(error, url, cache):
+    """The error is one line with the file's name, where to get it and where to put it."""
+    name = url.rsplit("/", 1)[1]
+    text = str(error)
+    assert "\n" not in text
+    assert f"could not download {name}" in text
+    assert url in text
+    assert str(cache / name) in text
+    assert "--weights" in text
+
+
+def assert_nothing_left(cache):
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_download_lands_whole_in_the_cache_and_happens_once(cache):
+    body = bytes(range(256)) * 1000
+    with Server(body) as server:
+        path = models.download(server.url)
+        assert path == cache / "weights.pt"
+        assert path.read_bytes() == body
+        assert server.requests == ["HEAD /models/weights.pt", "GET /models/weights.pt"]
+        assert models.download(server.url) == path
+        assert len(server.requests) == 2  # the second call asked nothing
+    assert [file.name for file in cache.iterdir()] == ["weights.pt"]
+    assert models.download(server.url) == path  # not even that there is a server
+
+
+@pytest.mark.parametrize("missing", [1, 100_000, 256_000])
+def test_a_truncated_download_is_refused_and_leaves_nothing(cache, missing):
+    with Server(bytes(256_000), missing) as server:
+        with pytest.raises(ConnectionError) as caught:
+            models.download(server.url)
+        assert_helpful(caught.value, server.url, cache)
+        assert_nothing_left(cache)
+
+
+def test_after_a_truncated_download_the_next_call_tries_again(cache):
+    with Server(bytes(1000), missing=10) as server, pytest.raises(ConnectionError):
+        models.download(server.url)
+    with Server(bytes(1000)) as server:
+        assert models.download(server.url).stat().st_size == 1000
+
+
+def test_a_file_that_the_server_does_not_have(cache):
+    with Server(b"") as server:
+        url = server.url.replace("weights", "nothing")
+        with pytest.raises(ConnectionError, match="404") as caught:
+            models.download(url)
+        assert_helpful(caught.value, url, cache)
+        assert_nothing_left(cache)
+
+
+def test_a_server_that_does_not_say_the_size(cache):
+    with Server(bytes(1000), announce=False) as server:
+        with pytest.raises(ConnectionError) as caught:
+            models.download(server.url)
+        assert_helpful(caught.value, server.url, cache)
+        assert_nothing_left(cache)
+
+
+def test_a_refused_connection(cache):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/models/weights.pt"
+        with pytest.raises(ConnectionError, match="refused") as caught:  # bound but not listening
+            models.download(url)
+    assert_helpful(caught.value, url, cache)
+    assert_nothing_left(cache)
+
+
+def test_something_that_is_no_web_server(cache):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}/models/weights.pt"
+
+        def answer():
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"what?\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(ConnectionError) as caught:
+            models.download(url)
+        thread.join()
+    assert_helpful(caught.value, url, cache)
+    assert_nothing_left(cache)
+
+
+def test_dit256_without_weights_downloads_the_official_ones(cache, tiny_xl, monkeypatch):
+    network, path = tiny_xl
+    assert models.OFFICIAL_DIT.startswith("https://")
+    assert models.OFFICIAL_DIT.endswith("/DiT-XL-2-256x256.pt")
+    with Server(path.read_bytes()) as server:
+        monkeypatch.setattr(models, "OFFICIAL_DIT", server.url)
+        for _ in range(2):
+            model = models.load("dit256", device="cpu")
+            loaded = model.network.state_dict()
+            assert all(torch.equal(loaded[k], v) for k, v in network.state_dict().items())
+        assert len(server.requests) == 2

@@ -1,0 +1,185 @@
+"""The image error proxy against whole trajectories, walked one by one as the paper defines them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import proxy
+from samplers import DDIM, Noise, make_sampler, split
+from tests.small import tiny_dit
+
+SEEDS = (0, 1, 2)
+VARIANTS = ("leave-one-out", "cumulative")
+T, B, SCALE, TAU = 5, 2, 1.5, 0.5
+
+
+class AdamsBashforth(DDIM):
+    """DDIM's step with a noise extrapolated from this prediction and the last one."""
+
+    history = None
+
+    def step(self, prediction, i, x, noise=None):
+        eps, _ = split(prediction, x)
+        last = eps if i == 0 else self.history
+        self.history = eps
+        return super().step(1.5 * eps - 0.5 * last, i, x, noise)
+
+
+SAMPLERS = {
+    "ddim": lambda: make_sampler("ddim", T),
+    "ddim:0.7": lambda: make_sampler("ddim:0.7", T),
+    "ddpm": lambda: make_sampler("ddpm", T),
+    "history": lambda: AdamsBashforth(T),
+}
+
+
+def case(seed):
+    """A network, and the arguments x, condition, scores and noise of a measurement."""
+    network = tiny_dit(seed)
+    noise = Noise(seed, range(10, 10 + B), purpose=2)
+    x = noise.start((network.in_channels, network.input_size, network.input_size))
+    condition = network.condition(noise.labels(network.num_classes))
+    scores = torch.rand(T, len(network.branches), generator=torch.Generator().manual_seed(seed))
+    return network, x, condition, scores, noise
+
+
+def measure(network, sampler, x, condition, scores, noise, variant="leave-one-out"):
+    return proxy.image_error(network, sampler, x, condition, SCALE, scores, TAU, noise, variant)
+
+
+def trajectory(network, sampler, x, condition, scores, noise):
+    """x_T to x_0 with the soft cache, every score as given: all of it in one place."""
+    kept = {}
+    for i, t in enumerate(sampler.timesteps):
+
+        def mixed(k, branch, i=i):
+            r, new = scores[i, k], branch()
+            output = new if i == 0 else r * new + (1 - r) * kept[k]
+            if i == 0 or r > TAU:
+                kept[k] = output
+            return output
+
+        both = network(torch.cat([x, x]), torch.full((2 * B,), t), *condition, cache=mixed)
+        C = network.in_channels
+        cond, null = both[:B, :C], both[B:, :C]
+        eps = null + SCALE * (cond - null)
+        x = sampler.step(torch.cat([eps, both[:B, C:]], dim=1), i, x, noise)
+    return x
+
+
+def naive(network, make, x, condition, scores, noise, variant):
+    """lambda from T whole trajectories. M(i) makes the scores it masks exactly 1."""
+
+    def x0(masked_rows):
+        masked = scores.clone()
+        masked[masked_rows] = 1
+        return trajectory(network, make(), x, condition, masked, noise)
+
+    lambda_ = [0.0]
+    for i in range(1, T):
+        if variant == "leave-one-out":
+            pair = x0([]), x0([i])
+        else:  # W(i) has the rows up to i as they are
+            pair = x0(list(range(i + 1, T))), x0(list(range(i, T)))
+        difference = pair[0].double() - pair[1].double()
+        lambda_.append((difference**2).mean().item())
+    return lambda_
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_forked_is_bitwise_what_whole_trajectories_give(sampler, variant, seed):
+    network, x, condition, scores, noise = case(seed)
+    make = SAMPLERS[sampler]
+    lambda_ = measure(network, make(), x, condition, scores, noise, variant)
+    assert lambda_.shape == (T,) and lambda_.dtype == torch.float64
+    assert lambda_[0] == 0 and (lambda_[1:] > 0).all()
+    assert lambda_.tolist() == naive(network, make, x, condition, scores, noise, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("steps", (2, 3, 7))
+def test_evaluations_are_counted(variant, steps):
+    network, x, condition, _, noise = case(0)
+    scores, calls = torch.full((steps, 6), 0.4), []
+
+    def count(*_):
+        calls.append(torch.is_grad_enabled())
+
+    network.requires_grad_(True).register_forward_hook(count)
+    scores.requires_grad_(True)
+    lambda_ = measure(network, DDIM(steps), x, condition, scores, noise, variant)
+    assert len(calls) == steps + steps * (steps - 1) // 2
+    assert not any(calls) and not lambda_.requires_grad and torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_of_ones_has_no_error_at_all(variant, seed):
+    network, x, condition, scores, noise = case(seed)
+    scores[[1, 3]] = 1
+    lambda_ = measure(network, DDIM(T), x, condition, scores, noise, variant)
+    assert [value == 0 for value in lambda_.tolist()] == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_outside_is_touched(variant):
+    network, x, condition, scores, noise = case(0)
+    sampler = AdamsBashforth(T)
+    sampler.history = "the caller's"
+    attributes = copy.copy(vars(sampler))
+    given = [x, scores, *condition]
+    before = [tensor.clone() for tensor in given]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    measure(network, sampler, x, condition, scores, noise, variant)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state[1])
+    assert np.random.get_state()[2:] == numpy_state[2:]
+    assert all(vars(sampler)[key] is value for key, value in attributes.items())
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+def test_an_unknown_variant_is_refused():
+    network, x, condition, scores, noise = case(0)
+    with pytest.raises(ValueError, match="unknown proxy everything"):
+        measure(network, DDIM(T), x, condition, scores, noise, "everything")
+
+
+# ------------------------------------------------------------------------------------------------
+# The picture
+
+
+def blue_pixels(values):
+    """(x, y) of every pixel of the curve, sorted."""
+    image = proxy.curve(values, list(range(len(values)))[::-1]).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).int()
+    return (pixels == torch.tensor(proxy.BLUE)).all(2).T.nonzero()
+
+
+def test_a_falling_curve_falls():
+    pixels = blue_pixels([0.0] + [10.0**-n for n in range(1, 20)])
+    height = [pixels[pixels[:, 0] == x, 1].float().mean() for x in pixels[:, 0].unique()]
+    assert len(height) > 300  # one line through all points
+    assert all(low <= high + 4 for low, high in zip(height, height[1:], strict=False))
+    assert height[-1] - height[0] > 200  # downwards in the picture
+
+
+def test_curve_without_errors_has_no_line():
+    assert len(blue_pixels([0.0] * 4)) == 0
+
+
+@pytest.mark.parametrize("where", (1, 3))
+def test_curve_of_one_value_is_one_point(where):
+    values = [0.0] * 4
+    values[where] = 1e-4  # a whole decade
+    pixels = blue_pixels(values)
+    assert 9 <= len(pixels) <= 100
+    assert (pixels.amax(0) - pixels.amin(0)).max() < 10
+
+
+def test_curve_takes_the_shortest_run():
+    assert len(blue_pixels([0.0, 0.02])) > 0

@@ -1,0 +1,734 @@
+"""From noise to pictures: guidance, the loop, the pictures, and the whole command in process."""
+
+import dataclasses
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import command
+import dit
+import models
+import router
+import sample
+from cache import Cache, SoftCache
+
+from .small import tiny_dit
+
+STEPS, IMAGES = 4, 3  # of the commands below
+
+# ------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both_predictions(network, x, t, labels):
+    """The network with and without the labels, one image at a time: each (B, C_out, H, W)."""
+    null = network.num_classes
+    t = torch.tensor([t])
+    with_label = [network(x[j : j + 1], t, torch.tensor([y])) for j, y in enumerate(labels)]
+    without = [network(x[j : j + 1], t, torch.tensor([null])) for j in range(len(labels))]
+    return torch.cat(with_label), torch.cat(without)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("channels, learn_sigma, acted_on",
+                         [(1, True, 1), (2, False, 2), (3, True, 3), (4, True, 3), (4, False, 3)])
+def test_guided_against_two_separate_forwards(scale, channels, learn_sigma, acted_on):
+    network = tiny_dit(in_channels=channels, learn_sigma=learn_sigma)
+    x, labels, t = random(3, channels, 8, 8), [4, 0, 2], 412.5
+    cond, null = both_predictions(network, x, t, labels)
+    output = sample.guided(network, x, t, network.condition(labels), scale)
+    assert output.shape == (6, *cond.shape[1:])
+    for j in range(3):
+        for c in range(cond.shape[1]):
+            if c < acted_on:
+                first = second = null[j, c] + scale * (cond[j, c] - null[j, c])
+            else:  # the others stay, each half its own
+                first, second = cond[j, c], null[j, c]
+            torch.testing.assert_close(output[j, c], first, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(output[3 + j, c], second, rtol=1e-4, atol=1e-5)
+    assert (cond - null).abs().max() > 0.01  # else nothing was tested
+
+
+def test_guidance_1_is_the_conditional_prediction():
+    network = tiny_dit(in_channels=4)
+    x, labels = random(2, 4, 8, 8), [1, 3]
+    cond, _ = both_predictions(network, x, 700, labels)
+    output = sample.guided(network, x, 700, network.condition(labels), 1)
+    for half in output.chunk(2):
+        torch.testing.assert_close(half[:, :3], cond[:, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_guided_hands_the_cache_to_the_network():
+    network = tiny_dit()
+    K = len(network.branches)
+    cache = Cache(router.none(2, K))
+    sample.guided(network, random(2, 2, 8, 8), 9, network.condition([1, 2]), 1.5, cache.start(0))
+    assert cache.computed == [1] * K  # both halves in one evaluation
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+
+
+SAMPLERS = ["ddim", "ddim:0.5", "ddpm"]
+
+
+def run_loop(images, sampler_name, cached, steps=5, seed=3):
+    """x_0 of the images numbered `images`, made as one batch by the tiny network."""
+    network = tiny_dit()
+    noise = sample.Noise(seed, images)
+    x = noise.start((2, 8, 8))
+    condition = network.condition([j % 5 for j in images])
+    cache = Cache(router.random(steps, len(network.branches), 0.4)) if cached else None
+    return sample.denoise(
+        network, sample.make_sampler(sampler_name, steps), x, condition, 1.5, cache, noise
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+def test_an_image_does_not_change_with_its_batch(sampler_name, cached):
+    together = run_loop(range(5), sampler_name, cached)
+    assert torch.isfinite(together).all()
+    for images in ([2], [4, 1], [3, 2, 0, 1, 4]):
+        torch.testing.assert_close(
+            run_loop(images, sampler_name, cached), together[images], rtol=1e-3, atol=1e-3
+        )
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+def test_the_cache_changes_the_image_and_an_empty_schedule_does_not(sampler_name):
+    network, steps = tiny_dit(), 5
+    noise = sample.Noise(0, range(2))
+    x, condition = noise.start((2, 8, 8)), network.condition([1, 2])
+
+    def made(cache):
+        sampler = sample.make_sampler(sampler_name, steps)
+        return sample.denoise(network, sampler, x, condition, 1.5, cache, noise)
+
+    K = len(network.branches)
+    full = made(None)
+    assert torch.equal(made(Cache(router.none(steps, K))), full)
+    assert not torch.allclose(made(Cache(router.fora(steps, K, 2))), full, atol=1e-2)
+
+
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+def test_walk_goes_on_from_any_step_bitwise(sampler_name):
+    network, steps = tiny_dit(), 5
+    noise = sample.Noise(0, range(2))
+    x, condition = noise.start((2, 8, 8)), network.condition([1, 2])
+
+    def states(x, first=0):
+        sampler = sample.make_sampler(sampler_name, steps)
+        return list(sample.walk(network, sampler, x, condition, 1.5, None, noise, first))
+
+    whole = states(x)
+    assert len(whole) == steps
+    for first in range(1, steps):
+        rest = states(whole[first - 1], first)
+        assert len(rest) == steps - first
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
+
+
+def test_walk_goes_on_with_a_cache_bitwise():
+    network, steps = tiny_dit(), 5
+    x, condition = sample.Noise(0, range(2)).start((2, 8, 8)), network.condition([1, 2])
+    scores = torch.rand(steps, len(network.branches), generator=torch.Generator().manual_seed(0))
+    cache, sampler = SoftCache(scores.__getitem__, 0.5), sample.DDIM(steps)
+    walk = sample.walk(network, sampler, x, condition, 1.5, cache)
+    before = next(walk), next(walk)
+    fork = cache.fork(scores.__getitem__)
+    end = list(walk)[-1]
+    again = sample.denoise(network, sampler, before[1], condition, 1.5, fork, first=2)
+    assert torch.equal(again, end)
+
+
+def test_the_loop_against_its_definition():
+    """One image at a time, with the prediction and DDIM's equation written out here."""
+    network, labels = tiny_dit(), [3, 0]
+    x = sample.Noise(0, range(2)).start((2, 8, 8))
+    sampler = sample.DDIM(4)
+    made = sample.denoise(network, sampler, x, network.condition(labels), 2.0)
+    assert not made.requires_grad
+    for t, a, a_next in zip(sampler.timesteps, sampler.alpha_bar, sampler.alpha_bar_next,
+                            strict=True):
+        cond, null = both_predictions(network, x, t, labels)
+        eps = (null + 2.0 * (cond - null))[:, :2]
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
+    torch.testing.assert_close(made, x, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_to_pixels_known_values():
+    values = torch.tensor([-1.0, 1.0, 0.0, -0.5, -7.0, 7.0, 1 / 255, -1 / 255])
+    pixels = sample.to_pixels(values.view(1, 1, 2, 4))
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (1, 2, 4, 3)
+    for channel in range(3):  # grey: all channels the same
+        assert pixels[0, :, :, channel].ravel().tolist() == [0, 255, 128, 64, 0, 255, 128, 127]
+
+
+def test_to_pixels_puts_every_colour_in_its_place():
+    levels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    pixels = sample.to_pixels(levels / 127.5 - 1)
+    assert np.array_equal(pixels, levels.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(sample.to_pixels((levels / 127.5 - 1).double()), pixels)
+
+
+def random_images(N, H, W, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (N, H, W, 3), np.uint8)  # never white
+
+
+@pytest.mark.parametrize("N, columns, H, W, scale", [
+    (7, 3, 28, 28, 3), (6, 3, 28, 28, 3), (2, 10, 28, 28, 3), (1, 1, 28, 28, 3), (5, 2, 9, 14, 9),
+    (3, 2, 84, 60, 1), (3, 2, 256, 256, 1), (11, 10, 10, 10, 8),
+])
+def test_grid_puts_every_pixel_of_every_image_in_its_place(N, columns, H, W, scale):
+    images = random_images(N, H, W)
+    picture = np.asarray(sample.grid(images, columns))
+    shown = min(N, columns)
+    rows = (N + shown - 1) // shown
+    assert picture.shape == (rows * (H + 1) * scale, shown * (W + 1) * scale, 3)
+    white = np.ones(picture.shape[:2], bool)
+    for n in range(N):
+        top, left = n // shown * (H + 1) * scale, n % shown * (W + 1) * scale
+        block = picture[top : top + H * scale, left : left + W * scale]
+        for down in range(scale):  # an enlarged pixel is scale x scale pixels
+            for right in range(scale):
+                assert np.array_equal(block[down::scale, right::scale], images[n])
+        white[top : top + H * scale, left : left + W * scale] = False
+    assert (picture[white] == 255).all()
+
+
+def test_grid_has_ten_columns():
+    assert np.array_equal(
+        sample.grid(random_images(12, 9, 9)), sample.grid(random_images(12, 9, 9), columns=10)
+    )
+
+
+def test_stack_puts_each_picture_below_its_title():
+    pictures = [sample.grid(random_images(n, 28, 28, seed=n)) for n in (2, 3)]
+    canvas = np.asarray(sample.stack(["one", "two"], pictures))
+    y = 0
+    for picture in pictures:
+        title = canvas[y : y + 30]
+        assert (title < 128).any()
+        y += 30
+        shown = canvas[y : y + picture.height, : picture.width]
+        assert np.array_equal(shown, np.asarray(picture))
+        assert (canvas[y : y + picture.height, picture.width :] == 255).all()
+        y += picture.height
+    assert y == len(canvas)
+
+
+def test_write_a_png(tmp_path):
+    images = random_images(5, 28, 28)
+    sample.write(tmp_path / "new" / "x.png", images)
+    written = np.asarray(Image.open(tmp_path / "new" / "x.png"))
+    assert np.array_equal(written, np.asarray(sample.grid(images)))
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+def test_write_an_npz_as_adm_reads_it(tmp_path):
+    images = random_images(5, 28, 28)
+    sample.write(tmp_path / "x.npz", images)
+    with np.load(tmp_path / "x.npz") as data:
+        assert data.files == ["arr_0"]
+        assert data["arr_0"].dtype == np.uint8
+        assert np.array_equal(data["arr_0"], images)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_write_a_folder_numbers_the_images_on(tmp_path):
+    images = random_images(5, 28, 20)
+    sample.write(tmp_path / "x", images[:3])
+    sample.write(tmp_path / "x", images[3:], first=3)
+    files = sorted((tmp_path / "x").iterdir())
+    assert [file.name for file in files] == [f"{j:06d}.png" for j in range(5)]
+    for file, image in zip(files, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+
+
+@pytest.mark.parametrize("text, count, labels", [
+    ("3,1,4", 5, [3, 1, 4, 3, 1]), (" 7 , 0", 2, [7, 0]), ("9", 3, [9, 9, 9]),
+    (None, 12, [*range(10), 0, 1]), ("1,2,3", 2, [1, 2]),
+])
+def test_labels(text, count, labels):
+    assert sample.choose_labels(text, 10, count).tolist() == labels
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network of the digits size that hands its input through, disturbed a little by its random
+    branches. That makes images with all shades of grey, which random weights alone do not."""
+    network = dit.DiT(**dit.SIZES["digits"]).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    embed, final = network.x_embedder.proj, network.final_layer
+    for layer in (embed, final.linear, final.adaLN_modulation[1]):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    network.pos_embed.zero_()
+    embed.weight[:16] = torch.eye(16).view(16, 1, 4, 4)  # a token begins with its patch's pixels
+    embed.bias[-2:] = torch.tensor([64.0, -64.0])  # of 128: so the last norm divides by about 8
+    final.linear.weight[0::2, :16] = 8 * torch.eye(16)  # the noise
+    final.linear.weight[1::2, :16] = torch.eye(16)  # the variance
+    return network
+
+
+@pytest.fixture(scope="module")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, weights, capsys):
+    """Runs the command as a shell would, in an empty folder: (flags) -> what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        defaults = ["--weights", weights, "--device", "cpu", "--steps", STEPS,
+                    "--num-samples", IMAGES, "--batch-size", 2]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [*defaults, *flags])])
+        capsys.readouterr()
+        command.run(sample.main)
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return run
+
+
+def save_router(path, seed=0, steps=STEPS, branches=16, **changes):
+    """A router file with random logits: -> the logits (T, K)."""
+    logits = random(steps, branches, seed=seed)
+    about = dict(model="digits", sampler="ddim", steps=steps, guidance=1.5, tau=0.3, beta=1e-7,
+                 objective="iepo", proxy="leave-one-out", seed=seed, iterations=8, cur="0.3")
+    router.save(path, logits, **{**about, **changes})
+    return logits
+
+
+def images_in(path):
+    """What the command wrote: uint8 (N, H, W, 3) of an npz or a folder."""
+    if path.suffix == ".npz":
+        with np.load(path) as data:
+            return data["arr_0"]
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
+
+
+def one_by_one(network, schedule, labels=(0, 1, 2), seed=0, guidance=1.5, sampler="ddim"):
+    """The images that the command has to make, each as a batch of its own: x_0 (N, 1, 28, 28)."""
+    made = []
+    for j, label in enumerate(labels):
+        noise = sample.Noise(seed, [j])
+        made.append(sample.denoise(
+            network, sample.make_sampler(sampler, len(schedule)), noise.start((1, 28, 28)),
+            network.condition([label]), guidance, Cache(schedule), noise,
+        ))
+    return torch.cat(made)
+
+
+def assert_same_pictures(a, b):
+    """Equal up to the rounding of one level, and not just black and white."""
+    assert a.shape == b.shape
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+    assert ((b > 0) & (b < 255)).mean() > 0.5
+
+
+def numbers(pattern, text):
+    """The numbers in the one place of `text` that matches."""
+    (found,) = re.findall(pattern, text)
+    return [float(number) for number in ([found] if isinstance(found, str) else found)]
+
+
+RANDOM = router.random(STEPS, 16, 0.4, seed=0)
+
+
+def test_an_npz_holds_the_images(run, network, tmp_path):
+    out = run("--schedule", "random:0.4", "--out", "x.npz")
+    images = images_in(tmp_path / "x.npz")
+    assert images.dtype == np.uint8
+    assert_same_pictures(images, sample.to_pixels(one_by_one(network, RANDOM)))
+    assert out.endswith("wrote x.npz\n")
+    assert "digits, ddim, T = 4, guidance 1.5, seed 0, cpu" in out
+    uncached = sample.to_pixels(one_by_one(network, router.none(STEPS, 16)))
+    changed = np.abs(images.astype(int) - uncached) > 1
+    assert changed.mean() > 0.1  # so the cache had an effect
+
+
+def test_a_png_is_the_grid_of_the_same_images(run, tmp_path):
+    run("--schedule", "random:0.4", "--out", "x.npz")
+    run("--schedule", "random:0.4", "--out", "x.png")
+    picture = np.asarray(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(picture, np.asarray(sample.grid(images_in(tmp_path / "x.npz"))))
+
+
+def test_a_folder_has_one_png_an_image(run, tmp_path):
+    run("--schedule", "random:0.4", "--out", "x.npz")
+    run("--schedule", "random:0.4", "--out", "new/x")
+    files = sorted(file.name for file in (tmp_path / "new" / "x").iterdir())
+    assert files == ["000000.png", "000001.png", "000002.png"]
+    assert np.array_equal(images_in(tmp_path / "new" / "x"), images_in(tmp_path / "x.npz"))
+
+
+def test_without_out_it_writes_samples_png(run, tmp_path):
+    run("--schedule", "none")
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
+
+
+def test_compare_shows_full_cached_and_difference(run, tmp_path):
+    run("--schedule", "none", "--out", "full.npz")
+    run("--schedule", "random:0.4", "--out", "cached.npz")
+    run("--schedule", "random:0.4", "--compare", "--out", "compare.png")
+    full, cached = images_in(tmp_path / "full.npz"), images_in(tmp_path / "cached.npz")
+    difference = 4 * np.abs(full.astype(int) - cached.astype(int))
+    canvas = np.asarray(Image.open(tmp_path / "compare.png"))
+    height = 29 * 3  # of a grid of one row, enlarged three times
+    assert canvas.shape == (3 * (30 + height), IMAGES * height, 3)
+    for n, images in enumerate((full, cached, np.minimum(difference, 255).astype(np.uint8))):
+        top = n * (30 + height) + 30
+        assert np.array_equal(canvas[top : top + height], np.asarray(sample.grid(images)))
+
+
+def test_compare_with_schedule_none_has_no_difference(run, tmp_path):
+    out = run("--schedule", "none", "--compare", "--out", "compare.png")
+    assert "mean squared error to the uncached image: 0.00e+00 (3 images)" in out
+    difference = np.asarray(Image.open(tmp_path / "compare.png"))[-87:].reshape(29, 3, -1, 3, 3)
+    assert (difference[:28, 0].reshape(28, IMAGES, 29, 3, 3)[:, :, :28] == 0).all()
+
+
+@pytest.mark.parametrize("flags, count", [((), 2), (("--compare", "--out", "x.png"), 3)])
+def test_the_printed_error(run, network, flags, count):
+    """It is over the first batch, or with --compare over all images."""
+    out = run("--schedule", "random:0.4", *flags)
+    error, images = numbers(r"mean squared error to the uncached image: (\S+) \((\d+) images", out)
+    assert images == count
+    cached = one_by_one(network, RANDOM)[:count].double()
+    full = one_by_one(network, router.none(STEPS, 16))[:count].double()
+    assert error == pytest.approx((cached - full).square().mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["random:0.4", "fora:2", "fora-paper:3", "none"])
+def test_the_printed_cur_and_arithmetic_are_those_of_the_schedule(run, network, name):
+    out = run("--schedule", name, "--compare", "--out", "x.png")
+    schedule = router.named(name, STEPS, 16, seed=0).tolist()
+    branch_flops, other_flops = network.flops()
+    reused = saved = 0
+    for row in schedule:
+        for k, computed in enumerate(row):
+            if not computed:
+                reused += 1
+                saved += branch_flops[k]
+    full = STEPS * (sum(branch_flops) + other_flops)
+    cur = 100 * reused / (STEPS * 16)
+    assert numbers(rf"schedule {name}, CUR ([\d.]+) %", out)[0] == pytest.approx(cur, abs=0.051)
+    uncached, counted = numbers(r"CUR counted +([\d.]+) % +([\d.]+) %", out)
+    assert uncached == 0
+    assert counted == pytest.approx(cur, abs=0.051)
+    (share,) = numbers(r"([\d.]+) % saved", out)
+    assert share == pytest.approx(100 * saved / full, abs=0.051)
+    (promise,) = numbers(r"([\d.]+) x by arithmetic", out)
+    assert promise == pytest.approx(full / (full - saved), abs=0.0051)
+    gflop = numbers(r"GFLOP per image +([\d.]+) +([\d.]+)", out)  # with and without the label: x 2
+    assert gflop == pytest.approx([2 * full / 1e9, 2 * (full - saved) / 1e9], abs=0.00051)
+
+
+def test_the_printed_times_are_consistent(run):
+    out = run("--schedule", "fora:2")
+    full, cached, speedup = numbers(r"seconds per image +([\d.]+) +([\d.]+) +([\d.]+) x", out)
+    assert full > 0
+    assert cached > 0
+    assert speedup == pytest.approx(full / cached, rel=0.02, abs=0.011)
+
+
+def test_the_printed_peak_of_the_cache(run):
+    """FORA's first reused row needs every branch's output, for both halves of the batch of 2."""
+    out = run("--schedule", "fora-paper:2")
+    uncached, peak = numbers(r"cache at its peak +([\d.]+) MB +([\d.]+) MB", out)
+    (full,) = numbers(r"of ([\d.]+) MB", out)
+    assert uncached == 0
+    assert peak == full == pytest.approx(16 * 2 * 2 * 49 * 128 * 4 / 1e6, abs=0.0051)
+
+
+def test_a_router_file_at_its_own_tau_and_at_another(run, network, tmp_path):
+    scores = torch.sigmoid(save_router(tmp_path / "r.safetensors", tau=0.3))
+    curs = set()
+    for flags, tau in (((), 0.3), (("--tau", "0.6"), 0.6)):
+        schedule = scores > tau
+        schedule[0] = True
+        out = run("--router", "r.safetensors", *flags, "--out", "x.npz")
+        cur = 100 * (~schedule).sum().item() / schedule.numel()
+        assert f"router r.safetensors, tau {tau:g}, CUR" in out
+        assert numbers(r"tau \S+, CUR ([\d.]+) %", out)[0] == pytest.approx(cur, abs=0.051)
+        assert_same_pictures(
+            images_in(tmp_path / "x.npz"), sample.to_pixels(one_by_one(network, schedule))
+        )
+        curs.add(cur)
+    assert len(curs) == 2
+
+
+def test_a_router_trained_at_another_guidance_is_used_but_told(run, tmp_path):
+    save_router(tmp_path / "r.safetensors", guidance=1.5)
+    assert "trained at" not in run("--router", "r.safetensors")
+    assert "trained at guidance 1.5" in run("--router", "r.safetensors", "--guidance", "4")
+
+
+def test_the_shipped_router_is_used_at_the_models_own_settings_only(
+    run, network, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    logits = save_router(tmp_path / "digits_router.safetensors", steps=20)
+    schedule = router.threshold(torch.sigmoid(logits), 0.3)
+    out = run("--steps", "20", "--num-samples", "1", "--out", "x.npz")
+    assert f"digits_router.safetensors, tau 0.3, CUR {100 * router.cur(schedule):.1f} %" in out
+    for flags in (("--steps", "19"), ("--steps", "20", "--sampler", "ddpm")):
+        out = run(*flags, "--num-samples", "1", "--out", "x.npz")
+        assert "no router is shipped for digits with" in out
+        assert "CUR 0.0 %" in out
+
+
+def test_labels_are_repeated(run, network, tmp_path):
+    run("--schedule", "random:0.4", "--labels", "7,3", "--out", "x.npz")
+    expected = one_by_one(network, RANDOM, labels=(7, 3, 7))
+    assert_same_pictures(images_in(tmp_path / "x.npz"), sample.to_pixels(expected))
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim:1", "ddpm"])
+def test_sampler_guidance_and_seed(run, network, tmp_path, sampler_name):
+    out = run("--schedule", "fora:2", "--sampler", sampler_name, "--guidance", "3", "--seed", "5",
+              "--out", "x.npz")
+    expected = one_by_one(network, router.fora(STEPS, 16, 2), seed=5, guidance=3,
+                          sampler=sampler_name)
+    assert_same_pictures(images_in(tmp_path / "x.npz"), sample.to_pixels(expected))
+    assert f"digits, {sampler_name}, T = 4, guidance 3, seed 5" in out
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm"])
+def test_the_batch_size_does_not_change_the_images(run, tmp_path, sampler_name):
+    images = []
+    for size in (1, 2, 3, 20):
+        run("--schedule", "random:0.4", "--sampler", sampler_name, "--batch-size", size,
+            "--out", "x.npz")
+        images.append(images_in(tmp_path / "x.npz"))
+    for other in images[1:]:
+        assert_same_pictures(other, images[0])
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
+def test_the_same_seed_gives_the_same_bytes(run, tmp_path, name):
+    def bytes_of(seed):
+        run("--schedule", "random:0.4", "--seed", seed, "--out", name)
+        path = tmp_path / name
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [file.read_bytes() for file in files]
+
+    first = bytes_of(1)
+    assert bytes_of(1) == first
+    assert bytes_of(2) != first
+
+
+def test_latents_are_written_as_they_are(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(dit.SIZES, "XL/2", dict(hidden_size=32, depth=2, num_heads=2, patch_size=8))
+    network = tiny_dit(**dit.SIZES["XL/2"], input_size=32, in_channels=4, num_classes=1000)
+    save_file(network.state_dict(), tmp_path / "tiny.safetensors")
+    flags = ["--model", "dit256", "--weights", "tiny.safetensors", "--schedule", "fora:2"]
+    out = run(*flags, "--labels", "999,0")
+    assert out.endswith("wrote latents.npz\n")
+    with np.load("latents.npz") as data:
+        assert data.files == ["latents"]
+        latents = data["latents"]
+    assert latents.shape == (IMAGES, 4, 32, 32)
+    assert latents.dtype == np.float32
+    for j, label in enumerate((999, 0, 999)):
+        x = sample.Noise(0, [j]).start((4, 32, 32))
+        made = sample.denoise(network, sample.DDIM(STEPS), x, network.condition([label]), 1.5,
+                              Cache(router.fora(STEPS, 4, 2)))
+        np.testing.assert_allclose(latents[j], made[0].numpy(), rtol=1e-2, atol=1e-2)
+    for more in (("--out", "x.png"), ("--out", "x"), ("--compare", "--out", "x.npz")):
+        with pytest.raises(SystemExit):
+            run(*flags, *more)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def everything_in(folder):
+    """{path: content} of all files, hidden ones too."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def refused(run, tmp_path, capsys):
+    """Runs the command, which must refuse and leave the folder as it was: -> what it said."""
+
+    def refused(*flags):
+        before = everything_in(tmp_path)
+        with pytest.raises(SystemExit) as caught:
+            run(*flags)
+        assert caught.value.code == 2
+        assert everything_in(tmp_path) == before
+        return capsys.readouterr().err
+
+    return refused
+
+
+def assert_one_line(error):
+    assert error.startswith("error: ")
+    assert error.endswith("\n")
+    assert error.count("\n") == 1
+    assert len(error) > len("error: x\n")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--model nope", "unknown model nope"),
+    ("--schedule nope", "unknown schedule nope"),
+    ("--schedule fora", "fora"),
+    ("--schedule fora:0", "fora:0"),
+    ("--schedule fora:x", "fora:x"),
+    ("--schedule fora:99999999999999999999", "fora:9999"),
+    ("--schedule random:0.9", "random:0.9"),
+    ("--schedule random:-0.1", "random:-0.1"),
+    ("--schedule random:nan", "random:nan"),
+    ("--schedule random:inf", "random:inf"),
+    ("--sampler nope", "unknown sampler nope"),
+    ("--sampler ddim:2", "ddim:2"),
+    ("--sampler ddim:x", "ddim:x"),
+    ("--sampler ddpm:1", "ddpm:1"),
+    ("--steps 1", "steps must be from 2 to 1000"),
+    ("--steps 1001", "steps must be from 2 to 1000"),
+    ("--steps 0", "steps must be from 2 to 1000"),
+    ("--steps -4", "steps must be from 2 to 1000"),
+    ("--steps 1 --sampler ddpm", "steps must be from 2 to 1000"),
+    ("--tau 0 --router good.safetensors", "tau must be between 0 and 1"),
+    ("--tau 1 --router good.safetensors", "tau must be between 0 and 1"),
+    ("--tau 0.5 --schedule none", "--tau is the threshold of a router"),
+    ("--tau nan --router good.safetensors", "tau must be between 0 and 1"),
+    ("--labels 10 --schedule none", "--labels takes numbers from 0 to 9"),
+    ("--labels=-1 --schedule none", "--labels takes numbers from 0 to 9"),
+    ("--labels 1,x --schedule none", "--labels takes numbers from 0 to 9"),
+    ("--labels 1,,2 --schedule none", "--labels takes numbers from 0 to 9"),
+    ("--labels 1.5 --schedule none", "--labels takes numbers from 0 to 9"),
+    ("--num-samples 0 --schedule none", "--num-samples"),
+    ("--num-samples -1 --schedule none", "--num-samples"),
+    ("--batch-size 0 --schedule none", "--batch-size"),
+    ("--dtype int8", "unknown dtype int8"),
+    ("--device tpu", "no device tpu"),
+    ("--router nothing.safetensors", "no router file at nothing.safetensors"),
+    ("--router .", "no router file at ."),
+    ("--router truncated.safetensors", "truncated.safetensors"),
+    ("--router text.safetensors", "text.safetensors"),
+    ("--router weights.safetensors", "weights.safetensors"),
+    ("--router other_model.safetensors", "a router of dit256 with ddim, T = 4, K = 16"),
+    ("--router other_sampler.safetensors", "a router of digits with ddpm, T = 4, K = 16"),
+    ("--router other_steps.safetensors", "a router of digits with ddim, T = 5, K = 16"),
+    ("--router other_branches.safetensors", "a router of digits with ddim, T = 4, K = 12"),
+    ("--router good.safetensors --sampler ddpm", "it cannot be used for digits with ddpm"),
+    ("--router good.safetensors --steps 5", "it cannot be used for digits with ddim, T = 5"),
+    ("--weights nothing.safetensors", "no weights at nothing.safetensors"),
+    ("--weights text.safetensors", "text.safetensors is not a whole checkpoint"),
+    ("--weights text.pt", "text.pt is not a whole checkpoint"),
+    ("--weights good.safetensors", "good.safetensors does not fit this network"),
+    ("--schedule none --out x.jpg", "--out is a .png, a .npz or a folder"),
+    ("--schedule none --out file/x.png", "file"),
+    ("--schedule none --out file/deeper/x.npz", "file"),
+    ("--schedule none --out file", "file"),
+    ("--schedule none --out folder.png", "folder.png: it is a folder"),
+    ("--schedule none --out folder.npz", "folder.npz: it is a folder"),
+    ("--schedule none --compare --out x.npz", "--compare draws one picture"),
+    ("--schedule none --compare --out x", "--compare draws one picture"),
+])
+def test_a_mistake_is_one_line(refused, tmp_path, flags, said):
+    save_router(tmp_path / "good.safetensors")
+    save_router(tmp_path / "other_model.safetensors", model="dit256")
+    save_router(tmp_path / "other_sampler.safetensors", sampler="ddpm")
+    save_router(tmp_path / "other_steps.safetensors", steps=5)
+    save_router(tmp_path / "other_branches.safetensors", branches=12)
+    whole = (tmp_path / "good.safetensors").read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:-10])
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
+    for name in ("text.safetensors", "text.pt", "file"):
+        (tmp_path / name).write_text("<html>not found</html>\n")
+    for name in ("folder.png", "folder.npz"):
+        (tmp_path / name).mkdir()
+    error = refused(*flags.split())
+    assert_one_line(error)
+    assert said in error
+
+
+def save_nan_weights(network, path):
+    state = {**network.state_dict(), "final_layer.linear.bias": torch.full((32,), torch.nan)}
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
+def test_weights_that_are_not_numbers(refused, network, tmp_path, name):
+    save_nan_weights(network, tmp_path / "nan.safetensors")
+    error = refused("--weights", "nan.safetensors", "--schedule", "none", "--out", name)
+    assert_one_line(error)
+    assert "not finite" in error
+
+
+def test_on_a_terminal_the_error_has_a_line_of_its_own(run, network, tmp_path, monkeypatch):
+    """There the progress bar is on the same screen."""
+    save_nan_weights(network, tmp_path / "nan.safetensors")
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(SystemExit):
+        run("--weights", "nan.safetensors", "--schedule", "none", "--out", "x.npz")
+    assert "batch" in screen.getvalue()  # there was a bar
+    last = screen.getvalue().splitlines()[-1].split("\r")[-1]
+    assert last.startswith("error: ")
+
+
+@pytest.mark.parametrize("flags", [
+    "--steps four", "--seed -1", "--seed 1.5", "--num-samples many", "--nonsense", "x.png",
+    "--router a.safetensors --schedule none", "--guidance strong",
+])
+def test_flags_that_do_not_parse(refused, flags):
+    error = refused(*flags.split())
+    assert error.startswith("usage: ")
+    assert "error: " in error.splitlines()[-1]
+
+
+def test_an_old_file_survives_a_run_that_fails(run, tmp_path, monkeypatch):
+    run("--schedule", "none", "--out", "x.npz")
+    old = (tmp_path / "x.npz").read_bytes()
+
+    def full(file, **arrays):
+        Path(file).write_bytes(old[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(SystemExit):
+        run("--schedule", "fora:2", "--out", "x.npz")
+    assert everything_in(tmp_path) == {"x.npz": old}
+
+
+def test_totals_start_at_zero():
+    assert set(dataclasses.asdict(sample.Totals()).values()) == {0}
