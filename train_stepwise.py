@@ -43,7 +43,7 @@ from samplers import Noise, make_sampler
 # found for digits by measurement: a logit moves at most lr per update of its row, so a short run
 # needs a high rate.
 DEFAULTS = {
-    "digits": dict(beta=6e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
+    "digits": dict(beta=4e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
     "dit256": dict(beta=4e-8, lr=0.01, iterations=20000, lambda_every=500, batch_size=32,
                    micro_batch=8),
 }

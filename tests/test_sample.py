@@ -311,7 +311,7 @@ def run(monkeypatch, tmp_path, weights, capsys):
 
     def run(*flags):
         defaults = ["--weights", weights, "--device", "cpu", "--steps", STEPS,
-                    "--num-samples", IMAGES, "--batch-size", 2]
+                    "--guidance", 1.5, "--num-samples", IMAGES, "--batch-size", 2]
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [*defaults, *flags])])
         capsys.readouterr()
         command.run(sample.main)
