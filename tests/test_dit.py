@@ -90,6 +90,18 @@ def test_equals_diffusers_with_the_same_weights(seed, changes):
     assert relative_error(network(x, t, y), expected) < 1e-5
 
 
+@SEEDS
+@torch.no_grad()
+def test_equals_diffusers_in_float64(seed):
+    """Tight enough to tell a norm's eps of 1e-6 from 1e-5. The sinusoids are float32 in both, and
+    agree at small t only."""
+    network = tiny_dit(seed)
+    x, _, y = inputs(seed)
+    t = torch.tensor([0.0, 1.0, 2.0])
+    expected = diffusers_dit(network).double()(x.double(), timestep=t, class_labels=y).sample
+    assert relative_error(network.double()(x.double(), t, y), expected) < 1e-7
+
+
 def test_position_embedding_formula():
     """Token (row, column): sines then cosines of the column, then of the row."""
     size, side = 16, 5
@@ -187,6 +199,8 @@ def test_size_has_the_published_parameters_and_arithmetic(name):
     branches, rest = network.flops()
     assert round(parameters / 1e6) == PAPER[name][0]
     assert (sum(branches) + rest) / 2e9 == pytest.approx(PAPER[name][1], rel=1e-3, abs=0.005)
+    sizes = dit.SIZES[name]
+    assert sizes["hidden_size"] / sizes["num_heads"] == (72 if "XL" in name else 64)  # table 1
     if name == "XL/2":  # the official count; its fixed pos_embed is a parameter there
         assert parameters + network.pos_embed.numel() == 675_129_632
 
