@@ -26,24 +26,26 @@ class Cache:
     `schedule` is a bool tensor (T, K) whose row 0 is all True: there is nothing to reuse yet.
     Attributes: `computed` and `reused`, lists of K counts of what really happened; `bytes`, what
     the cache holds now, `peak_bytes`, the most it ever held, and `full_bytes`, what all K entries
-    of a batch take.
+    of the largest batch take.
     Raises ValueError for another kind of schedule, or if the steps do not follow one another.
     """
 
     def __init__(self, schedule):
-        if schedule.dtype != torch.bool or schedule.dim() != 2 or not schedule[0].all():
+        if schedule.dtype != torch.bool or schedule.dim() != 2 or not (
+            len(schedule) and schedule[0].all()
+        ):
             raise ValueError("a schedule is a bool tensor (T, K) whose first row is all True")
         T, K = schedule.shape
         self.schedule = schedule.tolist() + [[True] * K]  # nothing is reused after the last step
         self.steps, self.step = T, T - 1
         self.kept = {}
         self.computed, self.reused = [0] * K, [0] * K
-        self.bytes = self.peak_bytes = self.full_bytes = 0
+        self.bytes = self.peak_bytes = self.first_bytes = self.full_bytes = 0
 
     def start(self, i):
         """Call before evaluation i. -> the cache itself."""
         if i == 0:
-            self.kept, self.bytes, self.full_bytes = {}, 0, 0
+            self.kept, self.bytes, self.first_bytes = {}, 0, 0
         elif i != self.step + 1 or i >= self.steps:
             raise ValueError(f"cache: step {i} of {self.steps} does not follow step {self.step}")
         self.step = i
@@ -56,7 +58,8 @@ class Cache:
             self.computed[k] += 1
             output = branch()
             if self.step == 0:
-                self.full_bytes += output.nbytes
+                self.first_bytes += output.nbytes
+                self.full_bytes = max(self.full_bytes, self.first_bytes)
             if reused_next:
                 self.kept[k] = output
                 self.bytes += output.nbytes

@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import io
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -39,8 +38,10 @@ def load_state(path):
     truncated or something else, FileNotFoundError if it is not there."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole state file: {reason}") from error
 
 

@@ -14,12 +14,10 @@ D width of a token, L blocks, K = 2 L cacheable branches.
 """
 
 import math
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -228,8 +226,8 @@ class DiT(nn.Module):
         label being `num_classes`; `cache(k, branch)` answers for branch k -> (B, C_out, H, H).
         """
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
-            expected = (self.in_channels, self.input_size, self.input_size)
-            raise ValueError(f"DiT: x must be (B, C, H, W) = (B, {expected}), not {tuple(x.shape)}")
+            expected = f"(B, {self.in_channels}, {self.input_size}, {self.input_size})"
+            raise ValueError(f"DiT: x must be (B, C, H, W) = {expected}, not {tuple(x.shape)}")
         dtype = self.x_embedder.proj.weight.dtype
         tokens = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
@@ -304,18 +302,23 @@ def read_weights(path, network):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    state = state.get("ema", state)
+    state = state.get("ema", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under `ema`")
 
     expected = network.state_dict()
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+        f"{key} is {shapes[key]}, not {tuple(expected[key].shape)}"
         for key in expected
-        if key in state and state[key].shape != expected[key].shape
+        if key in state and shapes[key] != expected[key].shape
     ]
     if problems:
         raise ValueError(f"{path} does not fit this network: " + "; ".join(problems))

@@ -294,6 +294,25 @@ def tiny_run(tmp_path_factory):
     return out
 
 
+def test_a_run_is_its_trajectories(tiny_run):
+    """What `train` adds to the method: the optimiser, fresh noise, and when lambda is measured."""
+    model, sampler, router = tiny_model(), DDIM(4), routers.Router(4, 6, seed=0)
+    optimizer = torch.optim.AdamW(router.parameters(), 0.2, weight_decay=0)
+    for n in range(6):
+        training, measuring = (
+            train_stepwise.chunks_of(model, sampler, 0, range(2 * n, 2 * n + 2), 2, purpose)
+            for purpose in (1, 2)
+        )
+        if n % 2 == 0:  # every 8 iterations
+            lambda_ = train_stepwise.measure_lambda(
+                model, router, measuring, SCALE, TAU, "leave-one-out"
+            )
+        train_stepwise.train_trajectory(
+            model, router, optimizer, training, lambda_, SCALE, TAU, 1e-3
+        )
+    assert torch.equal(router.logits(), logits_of(tiny_run))
+
+
 @pytest.mark.parametrize("micro_batch", (3, 4))
 def test_micro_batches_give_the_same(tmp_path, micro_batch):
     for name, size in (("whole", 8), ("split", micro_batch)):
