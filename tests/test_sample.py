@@ -155,13 +155,20 @@ def test_walk_goes_on_with_a_cache_bitwise():
     assert torch.equal(again, end)
 
 
+def test_the_loop_builds_no_graph_and_leaves_the_caller_free_to():
+    network = tiny_dit().requires_grad_(True)
+    x = sample.Noise(0, [0]).start((2, 8, 8))
+    for after in sample.walk(network, sample.DDIM(3), x, network.condition([1]), 1.5):
+        assert not after.requires_grad
+        assert torch.is_grad_enabled()
+
+
 def test_the_loop_against_its_definition():
     """One image at a time, with the prediction and DDIM's equation written out here."""
     network, labels = tiny_dit(), [3, 0]
     x = sample.Noise(0, range(2)).start((2, 8, 8))
     sampler = sample.DDIM(4)
     made = sample.denoise(network, sampler, x, network.condition(labels), 2.0)
-    assert not made.requires_grad
     for t, a, a_next in zip(sampler.timesteps, sampler.alpha_bar, sampler.alpha_bar_next,
                             strict=True):
         cond, null = both_predictions(network, x, t, labels)
