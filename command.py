@@ -36,10 +36,9 @@ def save_state(path, state):
 def load_state(path):
     """Reads what `save_state` wrote, running no code from the file. Raises ValueError if it is
     truncated or something else, FileNotFoundError if it is not there."""
+    data = Path(path).read_bytes()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole state file: {reason}") from error

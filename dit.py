@@ -302,8 +302,6 @@ def read_weights(path, network):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file makes the unpickler fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error

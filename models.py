@@ -9,6 +9,7 @@ import dataclasses
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -104,15 +105,18 @@ def download(url):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-            size = int(response.headers["Content-Length"])
+            size = response.headers["Content-Length"]
+        if size is None:
+            raise ConnectionError("the server does not tell the file's size")
         print(f"{url} -> {path}")
         torch.hub.download_url_to_file(url, part)
-        if part.stat().st_size != size:
+        if part.stat().st_size != int(size):
             raise ConnectionError(f"got {part.stat().st_size} of {size} bytes")
         os.replace(part, path)
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        reason = " ".join(str(error).split())
         raise ConnectionError(
-            f"could not download {path.name} ({error}): fetch it from {url} and put it at {path}, "
+            f"could not download {path.name} ({reason}): fetch it from {url} and put it at {path}, "
             "or name it with --weights"
         ) from error
     finally:

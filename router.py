@@ -15,6 +15,7 @@ ratio: the share of the T x K branch evaluations that reuse.
 
 import colorsys
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def named(name, steps, branches, seed=0):
             return random(steps, branches, float(value), seed)
         if kind in ("fora", "fora-paper") and int(value) >= 1:
             return (fora if kind == "fora" else fora_paper)(steps, branches, int(value))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"schedule {name}: {error}") from error
     raise ValueError(f"unknown schedule {name}: use none, fora:N, fora-paper:N or random:CUR")
 
@@ -168,8 +169,15 @@ class RouterFile:
 def save(path, logits, **about):
     """Writes a router file: safetensors, `logits` (T, K) and the settings it was trained with."""
     metadata = {key: str(value) for key, value in about.items()}
+    data = to_bytes({"logits": logits.float().contiguous()}, metadata)
+    # The library writes its JSON header in random order: sort it, so that equal routers are equal
+    # files. The first 8 bytes are the header's length, to which it is padded with spaces.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(
+        json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
     with command.replacing(path) as temporary:
-        temporary.write_bytes(to_bytes({"logits": logits.float().contiguous()}, metadata))
+        temporary.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
 
 
 def load(path):

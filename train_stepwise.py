@@ -169,6 +169,8 @@ def open_run(out, settings, resume):
     if not resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
     state = command.load_state(state_file)
+    if not isinstance(state, dict) or "settings" not in state:
+        raise ValueError(f"{state_file} is not a state of this trainer")
     old = state["settings"]
     changed = [f"{key} {old.get(key)}" for key in settings if settings[key] != old.get(key)]
     if changed:

@@ -117,8 +117,8 @@ def train(args):
     first, seconds = 0, 0.0
     if args.resume and Path(args.state).exists():
         state = command.load_state(args.state)
-        if state["settings"] != settings:
-            raise ValueError(f"{args.state} is of a run with other settings: {state['settings']}")
+        if not isinstance(state, dict) or state.get("settings") != settings:
+            raise ValueError(f"{args.state} is not the state of a run with these settings")
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
