@@ -24,6 +24,7 @@ import dit
 from samplers import DDPM
 
 DATA = Path(__file__).parent.parent / "data" / "digits28.npz"
+SAVE_EVERY = 200  # steps
 DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
 
 
@@ -103,7 +104,7 @@ def main():
 
 
 def train(args):
-    """Trains, saving the state every 200 steps and the averaged weights at the end."""
+    """Trains, saving the state every SAVE_EVERY steps and the averaged weights at the end."""
     command.check_writable(args.out)
     command.check_writable(args.state)
     torch.manual_seed(args.seed)  # for the initialisation only
@@ -126,7 +127,7 @@ def train(args):
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(images)} images, "
           f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
 
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=None)
     running = None
     for step in bar:
         start = time.perf_counter()
@@ -151,7 +152,7 @@ def train(args):
         seconds += time.perf_counter() - start
         running = mse.item() if running is None else 0.99 * running + 0.01 * mse.item()
         bar.set_postfix(loss=f"{running:.4f}", kl=f"{kl.item():.4f}")
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             command.save_state(args.state, {
                 "settings": settings, "network": network.state_dict(),
                 "average": average.state_dict(), "optimizer": optimizer.state_dict(),

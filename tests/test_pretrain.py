@@ -1,0 +1,111 @@
+"""How the digits model was made: its data, its loss, and a training that resumes."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+import command
+from experiments import pretrain
+from samplers import DDPM
+
+
+class Saves(Exception):
+    pass
+
+
+class Oracle(torch.nn.Module):
+    """Answers with fixed noise and variance channels, whatever it is asked."""
+
+    num_classes = 10
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, t, y):
+        self.x, self.t, self.y = x, t, y
+        return self.answer
+
+
+def test_held_out_digits_are_the_last_100_of_each_class():
+    images, labels = pretrain.digits()
+    held_out, held_out_labels = pretrain.digits(held_out=True)
+    assert images.shape == (4000, 1, 28, 28) and held_out.shape == (1000, 1, 28, 28)
+    assert labels.bincount().tolist() == [400] * 10
+    assert held_out_labels.bincount().tolist() == [100] * 10
+    assert images.min() == -1 and images.max() == 1
+    seen = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in seen for image in held_out)
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_loss_against_gaussians(seed):
+    """The KL term against torch.distributions, from the definitions of q and p at each step."""
+    torch.manual_seed(seed)
+    schedule, B = DDPM(1000), 6
+    images = torch.rand(B, 1, 4, 4) * 2 - 1
+    network = Oracle(torch.randn(B, 2, 4, 4))
+    mse, kl = pretrain.training_loss(
+        network, schedule, images, torch.zeros(B).long(), torch.Generator().manual_seed(seed)
+    )
+    eps, variance = network.answer.double().chunk(2, dim=1)
+    expected_mse, expected_kl = 0.0, 0.0
+    for b in range(B):
+        i = schedule.timesteps.index(network.t[b].item())
+        a, x, x0 = schedule.alpha_bar[i], network.x[b].double(), images[b].double()
+        noise = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        expected_mse += (eps[b] - noise).square().mean() / B
+        guess = (x - math.sqrt(1 - a) * eps[b]) / math.sqrt(a)
+        q = Normal(schedule.posterior_mean(x0, x, i), math.exp(0.5 * schedule.log_beta_tilde[i]))
+        p = Normal(schedule.posterior_mean(guess, x, i),
+                   (0.5 * schedule.log_variance(variance[b], i)).exp())
+        expected_kl += kl_divergence(q, p).mean() / math.log(2) / B
+    assert mse.item() == pytest.approx(expected_mse.item(), rel=1e-2)
+    assert kl.item() == pytest.approx(expected_kl.item(), rel=1e-2)
+
+
+def test_labels_are_dropped_for_guidance():
+    network = Oracle(torch.zeros(2000, 2, 1, 1))
+    pretrain.training_loss(network, DDPM(1000), torch.zeros(2000, 1, 1, 1),
+                           torch.zeros(2000).long(), torch.Generator().manual_seed(0))
+    assert 0.08 < (network.y == 10).float().mean() < 0.12
+
+
+def arguments(folder, **changes):
+    settings = dict(steps=5, batch_size=2, lr=1e-3, ema=0.9, seed=0, resume=True,
+                    out=str(folder / "weights.safetensors"), state=str(folder / "state.pt"))
+    return argparse.Namespace(**{**settings, **changes})
+
+
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    pretrain.train(arguments(tmp_path / "whole"))
+
+    save_state = command.save_state
+
+    def save_and_stop(path, state):
+        save_state(path, state)
+        raise Saves
+
+    monkeypatch.setattr(command, "save_state", save_and_stop)
+    for _ in range(3):  # after steps 2, 4 and 5
+        with pytest.raises(Saves):
+            pretrain.train(arguments(tmp_path / "parts"))
+    monkeypatch.setattr(command, "save_state", save_state)
+    pretrain.train(arguments(tmp_path / "parts"))
+    pretrain.train(arguments(tmp_path / "other", seed=1))
+    whole, parts, other = (load_file(tmp_path / name / "weights.safetensors")
+                           for name in ("whole", "parts", "other"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not torch.equal(whole["final_layer.linear.weight"], other["final_layer.linear.weight"])
+
+
+def test_another_runs_state_is_refused(tmp_path):
+    command.save_state(tmp_path / "state.pt", {"settings": {"steps": 7}})
+    with pytest.raises(ValueError, match="not the state of a run with these settings"):
+        pretrain.train(arguments(tmp_path))
+    assert not (tmp_path / "weights.safetensors").exists()
