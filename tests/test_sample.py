@@ -244,6 +244,15 @@ def test_stack_puts_each_picture_below_its_title():
     assert y == len(canvas)
 
 
+def test_the_difference_is_four_times_enlarged_up_to_white():
+    full = np.full((1, 84, 84, 3), 100, np.uint8)
+    cached = full.copy()
+    cached[0, 0, :5, 0] = 101, 99, 90, 37, 36  # 4 x 64 = 256 is more than white
+    totals = sample.Totals(images=1, seconds=1.0, full_seconds=2.0)
+    canvas = np.asarray(sample.comparison(full, cached, totals, Cache(router.none(2, 2))))
+    assert canvas[-85, :6, 0].tolist() == [4, 4, 40, 252, 255, 0]
+
+
 def test_write_a_png(tmp_path):
     images = random_images(5, 28, 28)
     sample.write(tmp_path / "new" / "x.png", images)
