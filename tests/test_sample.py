@@ -480,6 +480,20 @@ def test_the_printed_times_are_consistent(run):
     assert speedup == pytest.approx(full / cached, rel=0.02, abs=0.011)
 
 
+def test_the_report_divides_the_seconds_by_the_images(capsys):
+    network = tiny_dit()
+    cache = Cache(router.none(2, len(network.branches)))
+    for i in range(2):
+        sample.guided(network, random(2, 2, 8, 8), 9, network.condition([1, 2]), 1, cache.start(i))
+    totals = sample.Totals(images=4, seconds=2.0, full_seconds=3.0, squared_error=0.02)
+    sample.report(network, 2, cache, totals)
+    out = capsys.readouterr().out
+    assert numbers(r"seconds per image +(\S+) +(\S+) +(\S+) x", out) == [0.75, 0.5, 1.5]
+    assert numbers(r"uncached image: (\S+)", out) == [0.005]
+    sample.report(network, 2, None, totals)
+    assert numbers(r"seconds per image (\S+),", capsys.readouterr().out) == [0.5]
+
+
 def test_the_printed_peak_of_the_cache(run):
     """FORA's first reused row needs every branch's output, for both halves of the batch of 2."""
     out = run("--schedule", "fora-paper:2")
