@@ -6,6 +6,9 @@ import contextlib
 import io
 import os
 import sys
+import urllib.error
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -58,6 +61,36 @@ def check_writable(path):
     with replacing(path.with_name(f".{path.name}.probe")) as temporary:
         temporary.touch()
     path.with_name(f".{path.name}.probe").unlink()
+
+
+def download(url):
+    """The file behind `url`, in torch's ordinary cache; fetched, with a progress bar, if it is not
+    there yet. A download is kept only if it has the size that the server announced.
+    Raises ConnectionError."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+            size = response.headers["Content-Length"]
+        if size is None:
+            raise ConnectionError("the server does not tell the file's size")
+        print(f"{url} -> {path}")
+        torch.hub.download_url_to_file(url, part)
+        if part.stat().st_size != int(size):
+            raise ConnectionError(f"got {part.stat().st_size} of {size} bytes")
+        os.replace(part, path)
+    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"could not download {path.name} ({reason}): fetch it from {url} and put it at {path}, "
+            "or name it with --weights"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 def run(main):

@@ -6,15 +6,12 @@ shape that it denoises, and the sampler, steps and guidance that it is used with
 """
 
 import dataclasses
-import os
-import urllib.error
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import command
 import dit
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -57,7 +54,7 @@ def dit256(weights):
     """The official DiT-XL/2 on the 4 x 32 x 32 latents of 256 x 256 ImageNet pictures."""
     with torch.device("meta"):  # 2.7 GB that the weights replace at once
         network = dit.DiT(**dit.SIZES["XL/2"], input_size=32)
-    state = dit.read_weights(weights or download(OFFICIAL_DIT), network)
+    state = dit.read_weights(weights or command.download(OFFICIAL_DIT), network)
     network.load_state_dict(state, assign=True)
     return Model("dit256", network, "ddim", steps=20, guidance=1.5, latent=True)
 
@@ -92,33 +89,3 @@ def find_device(name=None):
     if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"no device {name} here: use cpu, or cuda on a machine that has a GPU")
     return name
-
-
-def download(url):
-    """The file behind `url`, in torch's ordinary cache; fetched, with a progress bar, if it is not
-    there yet. A download is kept only if it has the size that the server announced.
-    Raises ConnectionError."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.exists():
-        return path
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-            size = response.headers["Content-Length"]
-        if size is None:
-            raise ConnectionError("the server does not tell the file's size")
-        print(f"{url} -> {path}")
-        torch.hub.download_url_to_file(url, part)
-        if part.stat().st_size != int(size):
-            raise ConnectionError(f"got {part.stat().st_size} of {size} bytes")
-        os.replace(part, path)
-    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        reason = " ".join(str(error).split())
-        raise ConnectionError(
-            f"could not download {path.name} ({reason}): fetch it from {url} and put it at {path}, "
-            "or name it with --weights"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path

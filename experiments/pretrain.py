@@ -1,9 +1,10 @@
-"""How the shipped digits model was made: DiT's own training (section 3 of its paper; the loss is
-IDDPM's), on 4,000 of the 5,000 digits.
+"""How the shipped networks were made, from the shipped images.
 
-    python -m experiments.pretrain                    # writes checkpoints/digits_dit.safetensors
+    python -m experiments.pretrain                    # the digits DiT, on 4,000 digits
+    python -m experiments.pretrain --model digits-classifier    # and the statistics for FID
 
-Interrupt it at any time; the same command with --resume goes on to the bitwise same weights.
+The DiT's training is its paper's (section 3; the loss is IDDPM's). Interrupt a run at any time; the
+same command with --resume goes on to the bitwise same weights.
 """
 
 import argparse
@@ -21,23 +22,95 @@ from tqdm import tqdm
 
 import command
 import dit
+import features
+import metrics
+import shipped
 from samplers import DDPM
 
-DATA = Path(__file__).parent.parent / "data" / "digits28.npz"
 SAVE_EVERY = 200  # steps
 DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
+SETTINGS = {  # EMA 0 is no average
+    "digits": dict(steps=8000, batch_size=64, lr=2e-3, ema=0.999),
+    "digits-classifier": dict(steps=2000, batch_size=64, lr=3e-3, ema=0.0),
+}
+OUT = {"digits": "digits_dit.safetensors", "digits-classifier": "digits_classifier.safetensors"}
+
+# ------------------------------------------------------------------------------------------------
+# One training for all of them
 
 
-def digits(held_out=False):
-    """The shipped digits: -> images (N, 1, 28, 28) in [-1, 1] and labels (N,). The last 100 of each
-    class are held out from every training in this project."""
-    with np.load(DATA) as data:
-        images, labels = data["images"], data["labels"]
-    index = np.arange(len(labels))
-    first = np.array([np.flatnonzero(labels == label)[0] for label in range(10)])
-    mask = (index - first[labels] >= 400) == held_out
-    images = torch.from_numpy(images[mask]).float()[:, None] / 127.5 - 1
-    return images, torch.from_numpy(labels[mask]).long()
+def learning_rate(step, steps, peak):
+    """Linear warm-up over 100 steps, then a cosine to zero."""
+    return peak * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit(network, loss, args, state_path, bfloat16=False):
+    """Trains `network` by AdamW on loss(generator), a dict of terms to be added, saving the state
+    every SAVE_EVERY steps. -> the network with averaged weights, and the hours that it took."""
+    average = copy.deepcopy(network)
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
+    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
+    first, seconds = 0, 0.0
+    command.check_writable(state_path)
+    if args.resume and Path(state_path).exists():
+        state = command.load_state(state_path)
+        if not isinstance(state, dict) or state.get("settings") != settings:
+            raise ValueError(f"{state_path} is not the state of a run with these settings")
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds, bfloat16 = state["step"], state["seconds"], state["bfloat16"]
+    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, "
+          f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
+
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=None)
+    running = {}
+    for step in bar:
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        # Every step seeds its own generator: nothing about randomness has to be saved.
+        generator = torch.Generator().manual_seed(args.seed * 1_000_000_007 + step)
+        # The fused CPU attention is slow on 49 tokens, above all backwards.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            terms = loss(generator)
+        total = sum(terms.values())
+        if not math.isfinite(total.item()):
+            raise ValueError(f"the loss is not finite at step {step}: start again, lower --lr")
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            weight = 1 - min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+            for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
+                mine.copy_(theirs)
+
+        seconds += time.perf_counter() - start
+        for key, term in terms.items():
+            running[key] = 0.99 * running.get(key, term.item()) + 0.01 * term.item()
+        bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()})
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            command.save_state(state_path, {
+                "settings": settings, "network": network.state_dict(),
+                "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                "step": step + 1, "seconds": seconds, "bfloat16": bfloat16,
+            })
+    return average.eval(), seconds / 3600
+
+
+def save_weights(path, network, args, **about):
+    """Writes a network's weights, with how they were made as the file's metadata."""
+    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
+    metadata = {key: str(value) for key, value in (settings | about).items()}
+    with command.replacing(path) as temporary:
+        temporary.write_bytes(save(network.state_dict(), metadata))
+    print(f"wrote {path}: {metadata}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The digits DiT
 
 
 def bfloat16_is_faster():
@@ -82,88 +155,101 @@ def training_loss(network, schedule, images, labels, generator):
     return F.mse_loss(eps, noise), kl.mean() / math.log(2)
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over 100 steps, then a cosine to zero."""
-    return peak * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def train_digits(args):
+    """The DiT that `--model digits` samples with."""
+    torch.manual_seed(args.seed)  # for the initialisation only
+    network = dit.initialize(dit.DiT(**dit.SIZES["digits"]))
+    schedule = DDPM(1000)
+    images, labels = shipped.digits("train")
+    images = images / 127.5 - 1
+
+    def loss(generator):
+        batch = torch.randint(len(images), (args.batch_size,), generator=generator)
+        mse, kl = training_loss(network, schedule, images[batch], labels[batch], generator)
+        return {"mse": mse, "kl": kl}
+
+    average, hours = fit(network, loss, args, args.state, bfloat16_is_faster())
+    save_weights(args.out, average, args, hours=f"{hours:.2f}", data="digits28.npz")
+
+
+# ------------------------------------------------------------------------------------------------
+# The digits classifier
+
+
+def augmented(images, generator):
+    """Images turned by up to 15 degrees, scaled by up to 15 %, sheared by up to 0.2 and shifted by
+    up to 2 pixels. images (B, C, H, W), 0 is background -> the same shape, float."""
+    B, _, H, _ = images.shape
+    u = torch.rand(B, 6, generator=generator) * 2 - 1
+    angle, scale, shear = 0.26 * u[:, 0], 1 + 0.15 * u[:, 1:3], 0.2 * u[:, 3]
+    cos, sin, shift = angle.cos(), angle.sin(), u[:, 4:] * 4 / H
+    rows = [
+        torch.stack([scale[:, 0] * cos, scale[:, 0] * (shear * cos - sin), shift[:, 0]], 1),
+        torch.stack([scale[:, 1] * sin, scale[:, 1] * (shear * sin + cos), shift[:, 1]], 1),
+    ]
+    where = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
+    return F.grid_sample(images.float(), where, align_corners=False)
+
+
+def train_classifier(args):
+    """The network that the digits' metrics look with: three trainings, each with another 1,000
+    digits held out (the accuracy is their mean), of which the first is shipped, with statistics."""
+    images, labels = shipped.digits("all")
+    accuracies = []
+    for fold in (2, 1, 0):
+        held_out = shipped.held_out(labels, fold)
+        seen, seen_labels = images[~held_out], labels[~held_out]
+        torch.manual_seed(args.seed)  # for the initialisation only
+        network = features.DigitsClassifier()
+
+        def loss(generator, network=network, seen=seen, seen_labels=seen_labels):
+            batch = torch.randint(len(seen), (args.batch_size,), generator=generator)
+            _, _, logits = network(augmented(seen[batch], generator))
+            return {"cross-entropy": F.cross_entropy(logits, seen_labels[batch])}
+
+        state = Path(args.state)
+        network, hours = fit(network, loss, args, state.with_stem(f"{state.stem}-{fold}"))
+        with torch.no_grad():
+            logits = network(images[held_out])[2]
+        accuracies.append((logits.argmax(1) == labels[held_out]).double().mean().item())
+        print(f"held-out accuracy {100 * accuracies[-1]:.1f} %")
+    words = ", ".join(f"{100 * accuracy:.1f}" for accuracy in reversed(accuracies))
+    print(f"mean of three splits {100 * sum(accuracies) / 3:.2f} %")
+    save_weights(args.out, network, args, hours=f"{hours:.2f}", data="digits28.npz",
+                 accuracies=words)
+    for source, name in (("digits", "statistics"), ("digits-held-out", "held_out_statistics")):
+        path = Path(args.out).with_name(f"digits_{name}.npz")
+        metrics.save_statistics(path, metrics.extract(source, network))
+        print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+TRAIN = {"digits": train_digits, "digits-classifier": train_classifier}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps (8000)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step (64)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (2e-3)")
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the average (0.999)")
+    parser.add_argument("--model", default="digits", choices=TRAIN, help="default: digits")
+    parser.add_argument("--steps", type=int, help="optimiser steps (8000 for the DiT)")
+    parser.add_argument("--batch-size", type=int, help="images a step (64)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (2e-3 for the DiT)")
+    parser.add_argument("--ema", type=float, help="decay of the average (0.999 for the DiT)")
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (0)")
-    parser.add_argument("--out", default="checkpoints/digits_dit.safetensors", help="the weights")
-    parser.add_argument("--state", default="runs/pretrain/state.pt", help="for --resume")
+    parser.add_argument("--out", help="the weights (default: in checkpoints/)")
+    parser.add_argument("--state", help="for --resume (default: in runs/pretrain/)")
     parser.add_argument("--resume", action="store_true", help="go on from --state if it is there")
     args = parser.parse_args()
-    train(args)
-
-
-def train(args):
-    """Trains, saving the state every SAVE_EVERY steps and the averaged weights at the end."""
+    for key, value in SETTINGS[args.model].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.out = args.out or f"checkpoints/{OUT[args.model]}"
+    args.state = args.state or f"runs/pretrain/{args.model}.pt"
     command.check_writable(args.out)
-    command.check_writable(args.state)
-    torch.manual_seed(args.seed)  # for the initialisation only
-    network = dit.initialize(dit.DiT(**dit.SIZES["digits"]))
-    average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
-    schedule = DDPM(1000)
-    images, labels = digits()
-    bfloat16 = bfloat16_is_faster()
-    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
-    first, seconds = 0, 0.0
-    if args.resume and Path(args.state).exists():
-        state = command.load_state(args.state)
-        if not isinstance(state, dict) or state.get("settings") != settings:
-            raise ValueError(f"{args.state} is not the state of a run with these settings")
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds, bfloat16 = state["step"], state["seconds"], state["bfloat16"]
-    print(f"{sum(p.numel() for p in network.parameters()):,} parameters, {len(images)} images, "
-          f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
-
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=None)
-    running = None
-    for step in bar:
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        # Every step seeds its own generator: nothing about randomness has to be saved.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_000_007 + step)
-        batch = torch.randint(len(images), (args.batch_size,), generator=generator)
-        # The fused CPU attention is slow on 49 tokens, above all backwards.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            mse, kl = training_loss(network, schedule, images[batch], labels[batch], generator)
-        if not math.isfinite(mse.item() + kl.item()):
-            raise ValueError(f"the loss is not finite at step {step}: start again, lower --lr")
-        optimizer.zero_grad()
-        (mse + kl).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            weight = 1 - min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-
-        seconds += time.perf_counter() - start
-        running = mse.item() if running is None else 0.99 * running + 0.01 * mse.item()
-        bar.set_postfix(loss=f"{running:.4f}", kl=f"{kl.item():.4f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
-            command.save_state(args.state, {
-                "settings": settings, "network": network.state_dict(),
-                "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step + 1, "seconds": seconds, "bfloat16": bfloat16,
-            })
-
-    about = {**settings, "hours": f"{seconds / 3600:.2f}", "data": DATA.name}
-    with command.replacing(args.out) as temporary:
-        metadata = {key: str(value) for key, value in about.items()}
-        temporary.write_bytes(save(average.state_dict(), metadata))
-    print(f"wrote {args.out}: {about}")
+    TRAIN[args.model](args)
 
 
 if __name__ == "__main__":

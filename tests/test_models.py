@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import command
 import dit
 import models
 
@@ -252,37 +253,37 @@ def assert_nothing_left(cache):
 def test_a_download_lands_whole_in_the_cache_and_happens_once(cache):
     body = bytes(range(256)) * 1000
     with Server(body) as server:
-        path = models.download(server.url)
+        path = command.download(server.url)
         assert path == cache / "weights.pt"
         assert path.read_bytes() == body
         assert server.requests == ["HEAD /models/weights.pt", "GET /models/weights.pt"]
-        assert models.download(server.url) == path
+        assert command.download(server.url) == path
         assert len(server.requests) == 2  # the second call asked nothing
     assert [file.name for file in cache.iterdir()] == ["weights.pt"]
-    assert models.download(server.url) == path  # not even that there is a server
+    assert command.download(server.url) == path  # not even that there is a server
 
 
 @pytest.mark.parametrize("missing", [1, 100_000, 256_000])
 def test_a_truncated_download_is_refused_and_leaves_nothing(cache, missing):
     with Server(bytes(256_000), missing) as server:
         with pytest.raises(ConnectionError) as caught:
-            models.download(server.url)
+            command.download(server.url)
         assert_helpful(caught.value, server.url, cache)
         assert_nothing_left(cache)
 
 
 def test_after_a_truncated_download_the_next_call_tries_again(cache):
     with Server(bytes(1000), missing=10) as server, pytest.raises(ConnectionError):
-        models.download(server.url)
+        command.download(server.url)
     with Server(bytes(1000)) as server:
-        assert models.download(server.url).stat().st_size == 1000
+        assert command.download(server.url).stat().st_size == 1000
 
 
 def test_a_file_that_the_server_does_not_have(cache):
     with Server(b"") as server:
         url = server.url.replace("weights", "nothing")
         with pytest.raises(ConnectionError, match="404") as caught:
-            models.download(url)
+            command.download(url)
         assert_helpful(caught.value, url, cache)
         assert_nothing_left(cache)
 
@@ -290,7 +291,7 @@ def test_a_file_that_the_server_does_not_have(cache):
 def test_a_server_that_does_not_say_the_size(cache):
     with Server(bytes(1000), announce=False) as server:
         with pytest.raises(ConnectionError) as caught:
-            models.download(server.url)
+            command.download(server.url)
         assert_helpful(caught.value, server.url, cache)
         assert_nothing_left(cache)
 
@@ -300,7 +301,7 @@ def test_a_refused_connection(cache):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/models/weights.pt"
         with pytest.raises(ConnectionError, match="refused") as caught:  # bound but not listening
-            models.download(url)
+            command.download(url)
     assert_helpful(caught.value, url, cache)
     assert_nothing_left(cache)
 
@@ -320,7 +321,7 @@ def test_something_that_is_no_web_server(cache):
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         with pytest.raises(ConnectionError) as caught:
-            models.download(url)
+            command.download(url)
         thread.join()
     assert_helpful(caught.value, url, cache)
     assert_nothing_left(cache)

@@ -31,17 +31,6 @@ class Oracle(torch.nn.Module):
         return self.answer
 
 
-def test_held_out_digits_are_the_last_100_of_each_class():
-    images, labels = pretrain.digits()
-    held_out, held_out_labels = pretrain.digits(held_out=True)
-    assert images.shape == (4000, 1, 28, 28) and held_out.shape == (1000, 1, 28, 28)
-    assert labels.bincount().tolist() == [400] * 10
-    assert held_out_labels.bincount().tolist() == [100] * 10
-    assert images.min() == -1 and images.max() == 1
-    seen = {image.numpy().tobytes() for image in images}
-    assert not any(image.numpy().tobytes() in seen for image in held_out)
-
-
 @pytest.mark.parametrize("seed", (0, 1, 2))
 def test_loss_against_gaussians(seed):
     """The KL term against torch.distributions, from the definitions of q and p at each step."""
@@ -83,7 +72,7 @@ def arguments(folder, **changes):
 
 def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-    pretrain.train(arguments(tmp_path / "whole"))
+    pretrain.train_digits(arguments(tmp_path / "whole"))
 
     save_state = command.save_state
 
@@ -94,10 +83,10 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "save_state", save_and_stop)
     for _ in range(3):  # after steps 2, 4 and 5
         with pytest.raises(Saves):
-            pretrain.train(arguments(tmp_path / "parts"))
+            pretrain.train_digits(arguments(tmp_path / "parts"))
     monkeypatch.setattr(command, "save_state", save_state)
-    pretrain.train(arguments(tmp_path / "parts"))
-    pretrain.train(arguments(tmp_path / "other", seed=1))
+    pretrain.train_digits(arguments(tmp_path / "parts"))
+    pretrain.train_digits(arguments(tmp_path / "other", seed=1))
     whole, parts, other = (load_file(tmp_path / name / "weights.safetensors")
                            for name in ("whole", "parts", "other"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -107,5 +96,5 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch):
 def test_another_runs_state_is_refused(tmp_path):
     command.save_state(tmp_path / "state.pt", {"settings": {"steps": 7}})
     with pytest.raises(ValueError, match="not the state of a run with these settings"):
-        pretrain.train(arguments(tmp_path))
+        pretrain.train_digits(arguments(tmp_path))
     assert not (tmp_path / "weights.safetensors").exists()

@@ -10,6 +10,7 @@ import torch
 
 import models
 import router
+import shipped
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,13 +49,12 @@ def test_the_shipped_router_is_the_one_that_readme_tells_of():
 
 def test_the_shipped_model_is_small_and_draws_digits():
     """Trained weights predict the noise in real digits; random ones do not."""
-    from experiments.pretrain import digits
     from samplers import ALPHA_BAR
 
     assert (ROOT / "checkpoints" / "digits_dit.safetensors").stat().st_size < 12e6
     network = models.load("digits", device="cpu").network
-    images, labels = digits(held_out=True)
-    images, labels = images[::20], labels[::20]
+    images, labels = shipped.digits("held-out")
+    images, labels = images[::20] / 127.5 - 1, labels[::20]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     t = torch.full((len(images),), 400)
     a = ALPHA_BAR[400]

@@ -1,0 +1,35 @@
+"""The small real data sets that the repository ships (`data/README.md` has their sources).
+
+    images, labels = shipped.digits("train")         # uint8 (4000, 1, 28, 28) and (4000,)
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parent / "data"
+PARTS = ("all", "train", "held-out")
+
+
+def held_out(labels, fold=0):
+    """Which digits to hold out: 100 of each class, of its 500 the last (fold 0, which every
+    training in this project keeps to), the last but one (fold 1), ... labels (N,) -> bool (N,)."""
+    rank = torch.zeros_like(labels)  # an image's place within its class
+    for label in range(10):
+        rank[labels == label] = torch.arange((labels == label).sum())
+    return (rank >= 400 - 100 * fold) & (rank < 500 - 100 * fold)
+
+
+def digits(part="all"):
+    """MNIST digits: `all` 5,000, the 4,000 to `train` with, or the 1,000 `held-out` ones.
+    -> images uint8 (N, 1, 28, 28), 0 is background, and labels int64 (N,)."""
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part}: use {', '.join(PARTS)}")
+    with np.load(DATA / "digits28.npz") as data:
+        images = torch.from_numpy(data["images"])[:, None]
+        labels = torch.from_numpy(data["labels"]).long()
+    if part == "all":
+        return images, labels
+    mask = held_out(labels) == (part == "held-out")
+    return images[mask], labels[mask]

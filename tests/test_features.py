@@ -1,0 +1,130 @@
+"""The feature networks, against pytorch-fid and torch-fidelity with equal random weights."""
+
+import pytest
+import torch
+from pytorch_fid.inception import fid_inception_v3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+import features
+import shipped
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """An Inception with random weights that keep the signal alive, and its weights' file."""
+    torch.manual_seed(0)
+    network = features.Inception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def random_images(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("size", ((32, 48), (299, 299), (320, 256)))
+def test_tf1_features_against_torch_fidelity(inception, size):
+    theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception))
+    ours = features.load("inception", inception)
+    images = random_images(2, 3, *size)
+    with torch.no_grad():
+        pooled, _, logits = ours(images)
+        expected, expected_logits = theirs(images)
+    assert relative(pooled, expected) < 1e-5
+    assert relative(logits, expected_logits) < 1e-5
+
+
+def test_pytorch_fid_features_against_pytorch_fid(inception, monkeypatch):
+    """Its own network and preprocessing; spatial features by a hook on the convolution that the
+    2015 graph calls mixed_6/conv."""
+    monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url",
+                        lambda *args, **kwargs: torch.load(inception))
+    network = fid_inception_v3().eval()
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[2]))
+    monkeypatch.setattr("pytorch_fid.inception.fid_inception_v3", lambda: network)
+    from pytorch_fid.inception import InceptionV3
+
+    ours = features.load("inception", inception, resize="pytorch-fid")
+    images = random_images(2, 3, 40, 50)
+    with torch.no_grad():
+        pooled, spatial, _ = ours(images)
+        expected = InceptionV3([3])(images / 255)[0][:, :, 0, 0]
+    assert relative(pooled, expected) < 1e-5
+    assert spatial.shape == (2, 17 * 17 * 7)
+    assert relative(spatial, seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)) < 1e-5
+
+
+def test_the_two_resizes_differ(inception):
+    images = random_images(1, 3, 40, 50)
+    a = features.load("inception", inception).preprocess(images)
+    b = features.load("inception", inception, resize="pytorch-fid").preprocess(images)
+    assert a.shape == b.shape == (1, 3, 299, 299)
+    assert (a - b).abs().max() > 0.1
+
+
+def test_tf1_resize_reads_from_the_left_edge():
+    """Output pixel i reads at i * in / out: doubling keeps the even pixels and repeats the last."""
+    row = torch.tensor([0.0, 10.0, 40.0]).expand(1, 1, 3, 3)
+    assert features.resize_tf1(row, 6)[0, 0, 0].tolist() == [0, 5, 10, 25, 40, 40]
+
+
+@pytest.mark.parametrize("counters", (False, True))
+def test_weights_load_with_and_without_counters_of_batches(inception, tmp_path, counters):
+    state = torch.load(inception)
+    state = {k: v for k, v in state.items() if counters or not k.endswith("batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")
+    loaded = features.load("inception", tmp_path / "weights.pth").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_weights_that_do_not_fit(inception, tmp_path):
+    state = torch.load(inception)
+    bias = state.pop("fc.bias")
+    torch.save(state, tmp_path / "lacks.pth")
+    with pytest.raises(ValueError, match="does not fit this network: missing fc.bias$"):
+        features.load("inception", tmp_path / "lacks.pth")
+    torch.save(state | {"fc.bias": bias[:1000]}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match=r"fc.bias is \(1000,\), not \(1008,\)"):
+        features.load("inception", tmp_path / "shape.pth")
+    (tmp_path / "cut.pth").write_bytes(inception.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        features.load("inception", tmp_path / "cut.pth")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        features.load("inception", tmp_path / "nothing.pth")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown features vgg: use inception or digits"):
+        features.load("vgg")
+    with pytest.raises(ValueError, match="unknown resize bicubic"):
+        features.Inception("bicubic")
+
+
+def test_the_shipped_classifier_knows_digits_it_has_not_seen():
+    path = features.SHIPPED / "digits_classifier.safetensors"
+    assert path.stat().st_size < 2e6
+    network = features.load("digits")
+    images, labels = shipped.digits("held-out")
+    pooled, spatial, logits = network(images.expand(-1, 3, -1, -1))
+    assert pooled.shape == (1000, 64) and spatial.shape == (1000, 196)
+    assert (logits.argmax(1) == labels).double().mean() >= 0.98
+
+
+def test_the_classifier_refuses_other_sizes():
+    with pytest.raises(ValueError, match="sees 28 x 28 images, not 32 x 32"):
+        features.load("digits")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

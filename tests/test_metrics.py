@@ -1,0 +1,395 @@
+"""Each number against a tool of record or a closed form, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_fid.fid_score import calculate_frechet_distance
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+import command
+import features
+import metrics
+import pictures
+
+ROOT = Path(__file__).parent.parent
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_images(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def moments(x):
+    return x.mean(0), torch.cov(x.T)
+
+
+# ------------------------------------------------------------------------------------------------
+# Frechet distance
+
+
+def test_streamed_moments_are_numpys_whatever_the_batches():
+    x = 1000 + normal(500, 7) @ normal(7, 7, seed=1)  # far from zero, where naive sums lose digits
+    for size in (1, 64, 500):
+        stream = metrics.Moments()
+        for part in x.float().split(size):
+            stream.add(part)
+        exact = x.float().double().numpy()
+        np.testing.assert_allclose(stream.mean, exact.mean(0), rtol=1e-13)
+        np.testing.assert_allclose(stream.covariance, np.cov(exact, rowvar=False), rtol=1e-9)
+
+
+def test_frechet_distance_of_gaussians_that_commute():
+    """sigma1 and sigma2 share eigenvectors: d^2 = |mu1 - mu2|^2 + sum (sqrt a_i - sqrt b_i)^2."""
+    Q, _ = torch.linalg.qr(normal(50, 50))
+    a, b = normal(50, seed=1).square(), normal(50, seed=2).square()
+    a[:20] = 0  # singular
+    b[10:30] = 0
+    mu1, mu2 = normal(50, seed=3), normal(50, seed=4)
+    expected = (mu1 - mu2).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    distance = metrics.frechet_distance(mu1, Q * a @ Q.T, mu2, Q * b @ Q.T)
+    assert distance == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_distance_in_one_dimension():
+    """(mu1 - mu2)^2 + (s1 - s2)^2."""
+    assert metrics.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(("n", "rel"), ((300, 1e-10), (20, 1e-4)))
+def test_frechet_distance_against_pytorch_fid(n, rel):
+    """With 20 images of 64 features the covariances are singular, and pytorch-fid's root, which
+    squares them first, is the less exact one."""
+    first = moments(normal(n, 64) @ normal(64, 64, seed=1))
+    second = moments(normal(n, 64, seed=2) + 0.5)
+    expected = calculate_frechet_distance(*(x.numpy() for x in (*first, *second)))
+    assert metrics.frechet_distance(*first, *second) == pytest.approx(expected, rel=rel)
+
+
+def test_frechet_distance_to_itself_is_zero_with_fewer_images_than_features():
+    mu, sigma = moments(normal(30, 200))
+    assert metrics.frechet_distance(mu, sigma, mu, sigma) < 1e-10 * sigma.trace()
+
+
+def test_frechet_distance_refuses_what_does_not_go_together():
+    with pytest.raises(ValueError, match="do not go together"):
+        metrics.frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
+    with pytest.raises(ValueError, match="must be finite"):
+        metrics.frechet_distance(torch.full((3,), torch.nan), torch.eye(3), [0] * 3, torch.eye(3))
+
+
+# ------------------------------------------------------------------------------------------------
+# Inception score, precision and recall, nearest distance
+
+
+def test_inception_score_against_torch_fidelity():
+    logits = normal(1000, 20) * 3
+    expected = isc_features_to_metric(logits, splits=4, shuffle=False)
+    score = metrics.inception_score(logits.float(), split_size=250)
+    assert score == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+
+
+def test_inception_score_by_hand():
+    """Certain and even over 5 classes: 5. All alike: 1. The last split is a smaller one."""
+    logits = 1e3 * torch.eye(5).repeat(4, 1)
+    assert metrics.inception_score(logits) == pytest.approx(5)
+    assert metrics.inception_score(logits[:7], split_size=5) == pytest.approx((5 + 2) / 2)
+    assert metrics.inception_score(torch.ones(9, 5)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("block", (2**26, 3000))
+@pytest.mark.parametrize("k", (1, 3))
+def test_precision_and_recall_against_scipy(monkeypatch, block, k):
+    monkeypatch.setattr(metrics, "BLOCK", block)  # 3000 distances at once: many blocks
+    samples = (5 + normal(300, 8)).float()
+    reference = (5.5 + 1.2 * normal(400, 8, seed=1)).float()
+    distance = cdist(samples.double(), reference.double())
+    radii = [cKDTree(x).query(x, k + 1)[0][:, k] for x in (samples.double(), reference.double())]
+    expected = ((distance <= radii[1]).any(1).mean(), (radii[0] >= distance.T).any(1).mean())
+    assert 0.1 < expected[0] < 0.95 and 0.1 < expected[1] < 0.95
+    assert metrics.precision_recall(samples, reference, k) == expected
+
+
+def test_precision_and_recall_of_a_set_with_itself_and_with_one_far_away():
+    x = normal(100, 5).float()
+    assert metrics.precision_recall(x, x) == (1, 1)
+    assert metrics.precision_recall(x, x + 1e3) == (0, 0)
+    half = torch.cat([x[:50], x[:50] + 1e3])  # half the samples lost, half the reference unseen
+    precision, recall = metrics.precision_recall(half, x)
+    assert precision == 0.5 and recall > 0.5
+
+
+def test_precision_needs_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images"):
+        metrics.precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+
+
+def test_nearest_distance_tells_copies_from_fresh_images():
+    reference, fresh = normal(300, 6).float(), normal(200, 6, seed=1).float()
+    tree = cKDTree(reference.double())
+    to_reference, among_itself = tree.query(fresh.double())[0], tree.query(reference.double(), 2)[0]
+    expected = to_reference.mean(), among_itself[:, 1].mean()
+    assert metrics.nearest_distance(fresh, reference) == pytest.approx(expected, rel=1e-5)
+    assert metrics.nearest_distance(reference[:50], reference)[0] < 0.01
+
+
+def test_distances_do_not_use_tf32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with metrics.full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# ------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def test_paired_error_against_torchmetrics():
+    """Which counts windows that reach over the edge too; the interior is the same."""
+    images, uncached = random_images(3, 20, 24, 3), random_images(3, 20, 24, 3, seed=1)
+    uncached[1] = images[1] // 2 + 30
+    x, y = (torch.from_numpy(both).permute(0, 3, 1, 2).double() / 127.5 - 1
+            for both in (images, uncached))
+    mse, ssim = metrics.paired_error(images, uncached)
+    assert mse == pytest.approx((x - y).square().mean().item(), rel=1e-12)
+    _, full = structural_similarity_index_measure(x, y, data_range=2.0, return_full_image=True)
+    assert ssim == pytest.approx(full[..., 5:-5, 5:-5].mean().item(), rel=1e-6)
+    assert metrics.paired_error(images, images) == (0, pytest.approx(1))
+
+
+@pytest.mark.parametrize("shapes", (((2, 12, 12, 3), (3, 12, 12, 3)), ((2, 8, 12, 3),) * 2))
+def test_paired_error_refuses(shapes):
+    with pytest.raises(ValueError, match="cannot pair images"):
+        metrics.paired_error(*(np.zeros(shape, np.uint8) for shape in shapes))
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A small CLIP with random weights, under a name of its own: -> name, its weights' file."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in requirements.txt")
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny-test.json").write_text(json.dumps({
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32,
+                       "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "layers": 1, "width": 16,
+                     "heads": 2},
+    }))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    network = open_clip.create_model("tiny-test")
+    torch.save(network.state_dict(), folder / "tiny.pt")
+    return "tiny-test", folder / "tiny.pt"
+
+
+def test_clip_score_against_open_clips_own_forward(tiny_clip):
+    name, path = tiny_clip
+    clip = features.load_clip(name, str(path))
+    network, preprocess, tokenizer = clip
+    images = random_images(5, 40, 40, 3)
+    prompts = ["a dog", "two cats", "a red house", "the sea", ""]
+    with torch.no_grad():
+        image, text, _ = network(
+            torch.stack([preprocess(Image.fromarray(x)) for x in images]), tokenizer(prompts)
+        )
+    cosines = torch.nn.functional.cosine_similarity(image, text)
+    assert (cosines < 0).any() and (cosines > 0).any()
+    for batch_size in (2, 64):
+        score = metrics.clip_score(iter(images), prompts, clip, batch_size)
+        assert score == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError):
+        metrics.clip_score(images, prompts[:4], clip)
+
+
+def test_unknown_clip_names(tiny_clip):
+    with pytest.raises(ValueError, match="unknown CLIP model ViT-Z"):
+        features.load_clip("ViT-Z", "openai")
+    with pytest.raises(ValueError, match="no weights laion0 of ViT-B-32: use openai, "):
+        features.load_clip("ViT-B-32", "laion0")
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics and evaluate
+
+
+@pytest.fixture
+def digits():
+    return features.load("digits")
+
+
+def test_evaluate_on_the_held_out_digits(digits):
+    """The shipped statistics are those of the shipped images, and every number has the size that
+    real digits must have."""
+    held_out = np.stack(list(pictures.read("digits-held-out")[1]))
+    values = metrics.evaluate(held_out)
+    again = metrics.evaluate(held_out, metrics.extract("digits", digits), network=digits)
+    assert values == pytest.approx(again, rel=1e-4)
+    assert values == pytest.approx(metrics.evaluate("digits-held-out"), rel=1e-4)
+    assert values["fid"] < 0.2 and values["is"] > 9
+    assert values["precision"] == 1 and 0.8 < values["recall"] < 1  # all are in the reference
+    assert values["nearest"] < 0.01 < values["nearest_reference"]
+    noise = metrics.evaluate(random_images(100, 28, 28, 3))
+    assert noise["fid"] > 20 * values["fid"] and noise["sfid"] > 20 * values["sfid"]
+    assert noise["precision"] < 0.1 and noise["nearest"] > noise["nearest_reference"]
+
+
+def test_fid_of_a_network_against_torch_fidelity_and_numpy(digits):
+    """From images to number in one go, against numpy's statistics and pytorch-fid's distance."""
+    images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
+    pooled = [digits(torch.from_numpy(x).permute(0, 3, 1, 2))[0].double().numpy()
+              for x in (images, other)]
+    expected = calculate_frechet_distance(
+        *(f(x) for x in pooled for f in (lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False)))
+    )
+    values = metrics.evaluate(images, other, ["fid"], digits, batch_size=32)
+    assert values.keys() == {"fid"} and values["fid"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_saved_statistics_serve_as_reference(digits, tmp_path):
+    images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
+    statistics = metrics.extract(other, digits)
+    metrics.save_statistics(tmp_path / "other.npz", statistics)
+    expected = metrics.evaluate(images, other, network=digits)
+    assert metrics.evaluate(images, tmp_path / "other.npz", network=digits) == expected
+    assert metrics.evaluate(images, statistics, network=digits) == expected
+    assert set(expected) == {"fid", "sfid", "is", "precision", "recall", "nearest",
+                             "nearest_reference"}
+
+
+def test_a_reference_in_adms_layout(digits, tmp_path, monkeypatch):
+    """Without a network's name it is Inception's; its images give what its statistics cannot."""
+    monkeypatch.setattr(digits, "name", metrics.ADM_NETWORK, raising=False)
+    images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
+    seen = metrics.extract(other, digits)
+    known = {key: getattr(seen, key).numpy() for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    known["mu"] = known["mu"] + 1  # of other images than arr_0, as ADM's are
+    np.savez(tmp_path / "adm.npz", **known, arr_0=other)
+    values = metrics.evaluate(images, tmp_path / "adm.npz", network=digits)
+    expected = metrics.evaluate(images, other, network=digits)
+    assert values["precision"] == expected["precision"] and values["fid"] != expected["fid"]
+    np.savez(tmp_path / "bare.npz", **known)
+    bare = metrics.evaluate(images, tmp_path / "bare.npz", network=digits)
+    assert bare == {key: values[key] for key in ("fid", "sfid", "is")}
+    with pytest.raises(ValueError, match="recall needs the images, not statistics only"):
+        metrics.evaluate(images, tmp_path / "bare.npz", ["recall"], digits)
+
+
+def test_statistics_of_another_network_are_refused(digits, tmp_path):
+    statistics = metrics.extract(random_images(5, 28, 28, 3), digits)
+    statistics.network = "Inception 2015-12-05, resize pytorch-fid"
+    metrics.save_statistics(tmp_path / "other.npz", statistics)
+    with pytest.raises(ValueError, match="another network: of Inception 2015-12-05, resize pytorch-"
+                                         "fid, not of digits classifier"):
+        metrics.evaluate(random_images(5, 28, 28, 3), tmp_path / "other.npz", network=digits)
+
+
+def test_damaged_statistics(digits, tmp_path):
+    metrics.save_statistics(tmp_path / "a.npz", metrics.extract("digits-held-out", digits))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut.npz is not a whole npz of statistics"):
+        metrics.load_statistics(tmp_path / "cut.npz")
+    np.savez(tmp_path / "lacks.npz", mu=np.zeros(3))
+    with pytest.raises(ValueError, match="lacks.npz lacks sigma, mu_s, sigma_s"):
+        metrics.load_statistics(tmp_path / "lacks.npz")
+
+
+def test_one_image_is_too_few(digits):
+    with pytest.raises(ValueError, match="1 images in features: statistics need two or more"):
+        metrics.extract(random_images(1, 28, 28, 3), digits)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(monkeypatch, capsys, *args):
+    """What the command prints, and its exit code, without a process of its own."""
+    monkeypatch.setattr("sys.argv", ["metrics.py", *map(str, args), "--device", "cpu"])
+    code = 0
+    try:
+        command.run(metrics.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
+    images = np.stack(list(pictures.read("digits-held-out")[1]))[::20]
+    np.savez(tmp_path / "samples.npz", arr_0=images)
+    stats = tmp_path / "stats.npz"
+    code, out, err = run(monkeypatch, capsys, tmp_path / "samples.npz", "--save-stats", stats)
+    assert code == 0 and "50 images span fewer than the 64 features" in err
+    expected = metrics.evaluate(images)
+    for name, value in expected.items():
+        if name in metrics.METRICS:
+            title, _ = metrics.METRICS[name]
+            row = next(line for line in out.splitlines() if line.startswith(title))
+            assert f" {value:.4f} " in row and row.endswith("digits classifier")
+    assert f"near {expected['nearest_reference']:.4f}" in out
+    _, out, _ = run(monkeypatch, capsys, stats, "--json", "--metrics", "fid,recall")
+    answer = json.loads(out)
+    assert answer["values"] == pytest.approx({k: expected[k] for k in ("fid", "recall")}, rel=1e-6)
+    assert answer["images"] == 50 and answer["reference_images"] == 5000
+
+
+def test_the_commands_clip_score(tmp_path, monkeypatch, capsys, tiny_clip):
+    name, path = tiny_clip
+    images = random_images(3, 32, 32, 3)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
+    (tmp_path / "captions.txt").write_text("a dog\na cat\nthe sea\n")
+    flags = ["--metrics", "clip", "--clip-model", name, "--clip-pretrained", path]
+    flags += ["--captions", tmp_path / "captions.txt"]
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "samples.npz", *flags)
+    expected = metrics.clip_score(images, ["a dog", "a cat", "the sea"],
+                                  features.load_clip(name, str(path)))
+    assert code == 0 and f"{expected:.4f}" in out and f"open_clip {name}, {path}" in out
+    (tmp_path / "captions.txt").write_text("a dog\n")
+    code, _, err = run(monkeypatch, capsys, tmp_path / "samples.npz", *flags)
+    assert code == 2 and "captions.txt has 1 captions for 3 images" in err
+
+
+@pytest.mark.parametrize(("args", "message"), (
+    (["nothing"], "nothing is no folder of images, npz file or digits, digits-train"),
+    (["digits", "--metrics", "clip"], "the CLIP score and --captions FILE go together"),
+    (["digits", "--metrics", "kid"], "unknown metric kid: use fid, sfid, is, precision"),
+    (["digits", "--features", "vgg"], "unknown features vgg: use inception or digits"),
+    (["digits", "--reference", "digits-train", "--features", "inception"], "could not download"),
+    (["digits", "--save-stats", "."], "cannot write .: it is a folder"),
+    (["digits", "--batch-size", "0"], "--batch-size must be 1 or more"),
+))
+def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights here
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no network
+    code, _, err = run(monkeypatch, capsys, *args)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_weights_of_clip_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="could not get openai of ViT-B-32") as caught:
+        features.load_clip("ViT-B-32", "openai")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_file_runs_as_a_command():
+    answer = subprocess.run([sys.executable, ROOT / "metrics.py", "digits", "--metrics", "kid"],
+                            capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stderr.startswith("error: unknown metric kid")
