@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 import command
+import features
+import metrics
+import shipped
 from experiments import pretrain
 from samplers import DDPM
 
@@ -98,3 +101,43 @@ def test_another_runs_state_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not the state of a run with these settings"):
         pretrain.train_digits(arguments(tmp_path))
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_the_classifiers_training_holds_out_what_it_tests(tmp_path, monkeypatch, capsys):
+    """Three short trainings; the weights and statistics written belong together."""
+    seen, augmented = [], pretrain.augmented
+
+    def noted(images, generator):
+        seen.append(images)
+        return augmented(images, generator)
+
+    monkeypatch.setattr(pretrain, "augmented", noted)
+    args = arguments(tmp_path, steps=2, batch_size=50, ema=0.0, resume=False)
+    pretrain.train_classifier(args)
+    _, labels = shipped.digits("all")
+    images = shipped.digits("all")[0]
+    for fold, batches in zip((2, 1, 0), (seen[:2], seen[2:4], seen[4:]), strict=True):
+        held_out = {image.numpy().tobytes() for image in images[shipped.held_out(labels, fold)]}
+        assert not any(image.numpy().tobytes() in held_out for batch in batches for image in batch)
+    network = features.load("digits", tmp_path / "weights.safetensors")
+    statistics = metrics.load_statistics(tmp_path / "digits_held_out_statistics.npz")
+    held_out = shipped.digits("held-out")[0]
+    pooled = network(held_out[:20].expand(-1, 3, -1, -1))[0]
+    assert torch.allclose(statistics.pooled[:20], pooled, rtol=1e-4, atol=1e-5)
+    assert statistics.images == 1000 and "mean of three splits" in capsys.readouterr().out
+
+
+def test_augmented_digits_stay_digits():
+    """The centre of mass moves by less than the largest shift and a little, and ink stays."""
+    images = shipped.digits("held-out")[0][::10]
+    moved = pretrain.augmented(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape and not torch.equal(moved, images.float())
+    place = torch.arange(28.0)
+
+    def centre(batch, axis):
+        return (batch.float().sum((1, axis)) * place).sum(1) / batch.float().sum((1, 2, 3))
+
+    for axis in (2, 3):
+        assert (centre(moved, axis) - centre(images, axis)).abs().max() < 4.5
+    ratio = moved.sum((1, 2, 3)) / images.sum((1, 2, 3))
+    assert ratio.min() > 0.65 and ratio.max() < 1.5
