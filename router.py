@@ -9,10 +9,14 @@ tensor (T, K), True: compute. A trained router and every heuristic end up as one
     schedule = router.fora(steps=20, branches=16, interval=2)
     router.heat_map(scores, tau, timesteps, branches).save("router.png")
 
+The `.pt` routers of HarmoniCa's and of Learning-to-Cache's own code load too, and `export` writes
+one from ours.
+
 Letters: T denoising steps, K cacheable branches, tau the threshold, CUR the cache utilisation
 ratio: the share of the T x K branch evaluations that reuse.
 """
 
+import argparse
 import colorsys
 import dataclasses
 import json
@@ -155,9 +159,11 @@ class RouterFile:
         return threshold(torch.sigmoid(self.logits), self.tau if tau is None else tau)
 
     def check(self, model, sampler, steps, branches):
-        """Raises ValueError if the router was trained for another model, sampler or T."""
+        """Raises ValueError if the router was trained for another model, sampler or T. Of a router
+        that does not name its model only the others are checked."""
         about = self.about
-        trained = (about["model"], about["sampler"], *self.logits.shape)
+        named = model if about["model"] == UNNAMED else about["model"]
+        trained = (named, about["sampler"], *self.logits.shape)
         if trained != (model, sampler, steps, branches):
             raise ValueError(
                 f"{self.path} is a router of {about['model']} with {about['sampler']}, "
@@ -181,14 +187,18 @@ def save(path, logits, **about):
 
 
 def load(path):
-    """Reads a router file. Raises FileNotFoundError, or ValueError if it is not a whole one."""
+    """Reads a router file: safetensors, or `.pt` as the official code saves it.
+    Raises FileNotFoundError, or ValueError if it is not a whole one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no router file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            logits, about = file.get_tensor("logits"), file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a router file, or not a whole one: {error}") from error
+    if Path(path).suffix == ".pt":
+        logits, about = read_official(path)
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                logits, about = file.get_tensor("logits"), file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a router file, or not a whole one: {error}") from error
     if logits.dim() != 2 or not torch.isfinite(logits).all():
         raise ValueError(f"{path} is not a router file: its logits are not a finite (T, K) table")
     for key, kind in (("model", str), ("sampler", str), ("guidance", float), ("tau", float)):
@@ -197,6 +207,83 @@ def load(path):
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a router file: it does not tell its {key}") from error
     return RouterFile(str(path), logits, about)
+
+
+# ------------------------------------------------------------------------------------------------
+# The official code's files
+#
+# HarmoniCa's and Learning-to-Cache's code saves a dict: `routers`, the rows "0.prob", "1.prob", ...
+# of K logits each; `opt`, the optimiser; `args`, the flags as an argparse.Namespace. Rows are
+# numbered by respaced timestep index there, so that the last is the first step executed.
+#
+# The two differ in one rule. Learning-to-Cache trains the even rows only: its odd ones are left as
+# they were drawn, and steps of odd index always compute. HarmoniCa trains all rows but the last,
+# which it sets to 5.
+
+ALWAYS = 100.0  # a logit whose score is 1 in float32, above every tau
+UNNAMED = "an unnamed model"
+OFFICIAL_MODELS = {("DiT-XL/2", 256): "dit256", ("DiT-XL/2", 512): "dit512"}
+
+
+def read_official(path):
+    """An official `.pt` -> logits (T, K) in executed order, and `about`.
+
+    Nothing is unpickled but tensors, plain containers and argparse.Namespace. Raises ValueError.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
+        raise ValueError(
+            f"{path} is not a router file: it is damaged, or it holds pickled objects other than "
+            "tensors and an argparse.Namespace, which are not loaded, as they could run any code"
+        ) from error
+    try:
+        rows, args = content["routers"], content.get("args")
+        logits = torch.stack([rows[f"{i}.prob"] for i in reversed(range(len(rows)))]).float()
+        if isinstance(args, dict):  # written by `export`
+            return logits, {str(key): str(value) for key, value in args.items()}
+        args = {} if args is None else vars(args)
+        learning_to_cache = "lambda_c" not in args and not (logits[0] == LIMIT).all()
+        if learning_to_cache:
+            odd = torch.arange(len(logits)).flip(0) % 2 == 1  # by respaced index
+            logits[odd] = ALWAYS
+        return logits, about_official(args, learning_to_cache)
+    except Exception as error:  # whatever else a dict, its rows and its flags may be
+        raise ValueError(
+            f"{path} is not a router file of HarmoniCa or Learning-to-Cache: it has no `routers` "
+            "with rows 0.prob, 1.prob, ... of equal length"
+        ) from error
+
+
+def about_official(args, learning_to_cache):
+    """The official training code's flags, a dict, by our names. What they do not tell is as
+    published: DDIM; tau 0.1, at 512 x 512 Learning-to-Cache's 0.9; HarmoniCa was trained with
+    guidance 1.5, Learning-to-Cache without."""
+    model, size, tau = (args.get(key) for key in ("model", "image_size", "ste_threshold"))
+    if tau is None:
+        tau = 0.9 if learning_to_cache and size == 512 else 0.1
+    about = {
+        "model": OFFICIAL_MODELS.get((model, size), f"{model} at {size}") if model else UNNAMED,
+        "sampler": "ddim",
+        "guidance": args.get("cfg_scale", 1.0 if learning_to_cache else 1.5),
+        "tau": tau,
+        "objective": "learning-to-cache" if learning_to_cache else "iepo",
+    }
+    if "l1" in args:
+        about["beta"] = args["l1"]
+    return {key: str(value) for key, value in about.items()}
+
+
+def export(path, file):
+    """Writes a router (a RouterFile) as a `.pt` that the official sampling code loads.
+
+    HarmoniCa's code then takes the same decisions; Learning-to-Cache's computes all of each step of
+    odd index, whatever the router says. `args` holds our settings as a plain dict: with a Namespace
+    there, torch from 2.6 on refuses the file when the official code loads it.
+    """
+    rows = {f"{i}.prob": row for i, row in enumerate(file.logits.flip(0))}
+    command.save_state(path, {"routers": rows, "args": file.about})
 
 
 # ------------------------------------------------------------------------------------------------

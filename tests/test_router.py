@@ -1,7 +1,12 @@
 """The router: schedules, the learnable table, its files and its picture."""
 
+import argparse
 import math
+import os
+import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 import command
+import models
 import router
+import sample
+from cache import Cache
+
+from .small import tiny_dit
 
 SEEDS = (0, 1, 2)
 ABOUT = dict(
@@ -329,6 +339,222 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, where, name, b
         router.save(path, random_logits(1), **ABOUT)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------
+# The official code's files
+
+STEP_COUNTS = (4, 10)
+
+
+class OfficialRow(torch.nn.Module):
+    """One row, named as in the official code."""
+
+    def __init__(self, branches, value=None):
+        super().__init__()
+        row = torch.randn(branches) if value is None else torch.full((branches,), value)
+        self.prob = torch.nn.Parameter(row)
+
+
+def official_file(path, kind, steps=4, branches=6, args=True, seed=0):
+    """Saves a router as the training code of `kind` does: -> the module list."""
+    torch.manual_seed(seed)
+    last = OfficialRow(branches, 5.0 if kind == "harmonica" else None)
+    rows = torch.nn.ModuleList([*(OfficialRow(branches) for _ in range(steps - 1)), last])
+    optimizer = torch.optim.AdamW(rows.parameters(), lr=0.01, weight_decay=0)
+    sum(row.prob.sum() for row in rows).backward()
+    optimizer.step()
+    if kind == "harmonica":
+        last.prob.data.fill_(5)  # it takes no part in the training
+    flags = dict(model="DiT-XL/2", image_size=256, num_sampling_steps=steps, l1=7e-8, lr=0.01,
+                 global_seed=42, ckpt=None, wandb=True, ste_threshold=None)
+    more = dict(cfg_scale=1.75, ste_threshold=0.2, lambda_c=500)
+    flags = {**flags, **(more if kind == "harmonica" else dict(data_path="train"))}
+    content = {"routers": rows.state_dict(), "opt": optimizer.state_dict()}
+    torch.save({**content, "args": argparse.Namespace(**flags)} if args else content, path)
+    return rows
+
+
+def official_decisions(rows, kind, tau):
+    """What the official sampling code computes, walking its timestep indices down: (T, K)."""
+    decisions, cached = [], False
+    for index in reversed(range(len(rows))):
+        if kind == "learning-to-cache" and index % 2 == 1:
+            cached = False
+        active = torch.sigmoid(rows[index].prob) > tau
+        decisions.append(active | (not cached))
+        cached = True
+    return torch.stack(decisions)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("steps", STEP_COUNTS)
+@pytest.mark.parametrize("args", (True, False))
+@pytest.mark.parametrize("kind", ("harmonica", "learning-to-cache"))
+def test_official_files_give_the_official_decisions(tmp_path, kind, args, steps, seed):
+    rows = official_file(tmp_path / "r.pt", kind, steps, args=args, seed=seed)
+    file = router.load(tmp_path / "r.pt")
+    assert file.logits.shape == (steps, 6) and file.logits.dtype == torch.float32
+    for tau in (0.1, 0.4, 0.6, 0.999):
+        assert torch.equal(file.schedule(tau), official_decisions(rows, kind, tau))
+    reused = router.cur(file.schedule(0.6))
+    assert 0.1 < reused < (0.5 if kind == "learning-to-cache" else 0.8)
+    trained = [i for i in range(steps) if kind == "harmonica" or i % 2 == 0]
+    for index in trained:
+        assert same_bits(file.logits[steps - 1 - index], rows[index].prob.detach())
+    assert "opt" not in file.about and not file.logits.requires_grad
+
+
+def test_settings_of_official_files(tmp_path):
+    def about(kind, **changes):
+        official_file(tmp_path / "r.pt", kind, **changes)
+        return router.load(tmp_path / "r.pt").about
+
+    assert about("harmonica") == dict(
+        model="dit256", sampler="ddim", guidance="1.75", tau="0.2", beta="7e-08", objective="iepo"
+    )
+    assert about("learning-to-cache") == dict(
+        model="dit256", sampler="ddim", guidance="1.0", tau="0.1", beta="7e-08",
+        objective="learning-to-cache",
+    )
+    for kind, guidance in (("harmonica", "1.5"), ("learning-to-cache", "1.0")):
+        bare = about(kind, args=False)
+        assert (bare["guidance"], bare["tau"]) == (guidance, "0.1") and "beta" not in bare
+
+
+def test_an_official_file_is_checked(tmp_path):
+    official_file(tmp_path / "r.pt", "harmonica")
+    file = router.load(tmp_path / "r.pt")
+    file.check("dit256", "ddim", 4, 6)
+    wrong = (("dit256", "ddpm", 4, 6), ("dit256", "ddim", 5, 6), ("dit256", "ddim", 4, 7))
+    for other in (*wrong, ("digits", "ddim", 4, 6)):
+        with pytest.raises(ValueError, match="cannot be used for"):
+            file.check(*other)
+    official_file(tmp_path / "bare.pt", "harmonica", args=False)
+    bare = router.load(tmp_path / "bare.pt")
+    bare.check("digits", "ddim", 4, 6)  # it does not name its model
+    for other in wrong:
+        with pytest.raises(ValueError, match="a router of an unnamed model with ddim, T = 4"):
+            bare.check(*other)
+    router.save(tmp_path / "r.safetensors", bare.logits, **bare.about)
+    router.load(tmp_path / "r.safetensors").check("digits", "ddim", 4, 6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_export_and_back(tmp_path, seed):
+    logits = random_logits(seed)
+    logits[0] = 5
+    router.save(tmp_path / "r.safetensors", logits, **ABOUT)
+    file = router.load(tmp_path / "r.safetensors")
+    router.export(tmp_path / "r.pt", file)
+    again = router.load(tmp_path / "r.pt")
+    assert same_bits(again.logits, logits) and again.about == file.about
+
+    # The official code's way to load it; torch's default there is weights_only=True.
+    rows = torch.nn.ModuleList(OfficialRow(6) for _ in range(4))
+    rows.load_state_dict(torch.load(tmp_path / "r.pt", map_location="cpu")["routers"])
+    for tau in (0.1, 0.5, 0.9):
+        assert torch.equal(official_decisions(rows, "harmonica", tau), file.schedule(tau))
+
+
+@pytest.mark.parametrize("kind", ("harmonica", "learning-to-cache"))
+def test_an_official_file_exported_again_is_the_same_router(tmp_path, kind):
+    rows = official_file(tmp_path / "a.pt", kind, steps=10)
+    file = router.load(tmp_path / "a.pt")
+    router.export(tmp_path / "b.pt", file)
+    again = router.load(tmp_path / "b.pt")
+    assert same_bits(again.logits, file.logits) and again.about == file.about
+    written = torch.load(tmp_path / "b.pt")["routers"]
+    assert list(written) == list(rows.state_dict())
+    for name, row in list(rows.state_dict().items())[:: 1 if kind == "harmonica" else 2]:
+        assert same_bits(written[name], row)  # Learning-to-Cache's odd rows were noise
+
+
+class Planted:
+    """A pickled object whose loading runs a command."""
+
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+def test_a_pickled_object_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = official_file(tmp_path / "good.pt", "harmonica").state_dict()
+    for content in (
+        {"routers": rows, "args": Planted()},
+        {"routers": rows, "args": argparse.Namespace(seed=Planted())},
+        {"routers": Planted()},
+        {"routers": rows, "args": SimpleNamespace(seed=1)},  # harmless, but not the one allowed
+        Planted(),
+    ):
+        torch.save(content, "bad.pt")
+        assert_refused("bad.pt")
+    assert not Path("planted").exists()
+    # What was allowed while loading is not allowed afterwards.
+    router.load("good.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load("good.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("content", (
+    {}, [], "routers", {"0.prob": torch.zeros(6)}, {"routers": {}}, {"routers": [1.0]},
+    {"routers": {"0.prob": torch.zeros(6), "2.prob": torch.zeros(6)}},
+    {"routers": {"0.prob": torch.zeros(6), "1.prob": torch.zeros(5)}},
+    {"routers": {"0.prob": 3.0}}, {"routers": {"0.prob": torch.tensor(1.0)}},
+    {"routers": {"0.prob": torch.full((6,), math.nan)}},
+    {"routers": {"0.prob": torch.zeros(6)}, "args": 3},
+    {"routers": {"0.prob": torch.zeros(6)}, "args": argparse.Namespace(cfg_scale="strong")},
+    {"routers": {"0.prob": torch.zeros(6)}, "args": argparse.Namespace(model=["a"])},
+    {"routers": {"0.prob": torch.zeros(6)}, "args": {"model": "digits"}},
+))  # fmt: skip
+def test_other_pt_files_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "r.pt")
+    assert_refused(tmp_path / "r.pt")
+
+
+def test_a_truncated_pt_is_refused(tmp_path):
+    path = tmp_path / "r.pt"
+    official_file(path, "harmonica")
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert_refused(path)
+
+
+def test_sampling_with_an_official_file(tmp_path, monkeypatch, capsys):
+    """The command, on a tiny network in the place of dit256."""
+    network = tiny_dit(num_classes=1000)
+    tiny = models.Model("dit256", network, "ddim", steps=4, guidance=1.5, latent=True)
+    monkeypatch.setitem(models.MODELS, "dit256", lambda weights: tiny)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        argv = ["sample.py", "--model", "dit256", "--device", "cpu", "--num-samples", "2"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--out", "x.npz", *flags])
+        command.run(sample.main)
+        with np.load("x.npz") as data:
+            return capsys.readouterr().out, data["latents"]
+
+    for kind, guidance in (("harmonica", "1.75"), ("learning-to-cache", "1.0")):
+        rows = official_file("router.pt", kind)
+        said, latents = run("--router", "router.pt", "--tau", "0.5")
+        schedule = official_decisions(rows, kind, 0.5)
+        cur = f"{100 * (~schedule).float().mean():.1f} %"
+        assert f"router router.pt, tau 0.5, trained at guidance {guidance}, CUR {cur}" in said
+        noise = sample.Noise(0, range(2))
+        expected = sample.denoise(
+            network, sample.DDIM(4), noise.start(tiny.shape), network.condition([0, 1]), 1.5,
+            Cache(schedule), noise,
+        )
+        np.testing.assert_allclose(latents, expected.numpy(), rtol=1e-5, atol=1e-5)
+        torch.save({"routers": Planted()}, "router.pt")
+        for flags in (("--steps", "5"), ()):
+            official_file("other.pt", kind)
+            with pytest.raises(SystemExit) as caught:
+                run("--router", "other.pt" if flags else "router.pt", *flags)
+            error = capsys.readouterr().err
+            assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("planted").exists()
 
 
 # ------------------------------------------------------------------------------------------------

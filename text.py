@@ -1,0 +1,300 @@
+"""Text: a prompt becomes caption features, one vector a token, that PixArt's cross-attention reads
+(Chen et al. 2023, "PixArt-alpha", https://arxiv.org/abs/2310.00426, section 2.3).
+
+The official models read the T5 v1.1 XXL encoder (Raffel et al. 2020,
+https://arxiv.org/abs/1910.10683), here through the library transformers. It is 4.7 B parameters, so
+prompts are encoded first, kept in a file, and the encoder is freed; a prompt that the file has
+needs neither T5 nor transformers.
+
+    features, mask = text.encode(["a red apple"], file="captions.safetensors")  # (1, 120, 4096)
+
+The small model's features need no weights: every word is a fixed pseudo-random vector, the same on
+every machine.
+
+    features, mask = text.hashed_words(["a red apple", ""])  # (2, 12, 128), (2, 12)
+
+Letters: B prompts, L tokens at most, n tokens of one prompt, C channels of a token.
+"""
+
+import hashlib
+import html
+import json
+import re
+import unicodedata
+import urllib.parse
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import command
+
+T5_XXL = "DeepFloyd/t5-v1_1-xxl"
+
+
+def warn_of_cut(prompt, tokens, cut):
+    """Warns that a prompt has more than `tokens` tokens, and that `cut` is lost."""
+    start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
+    warnings.warn(f'prompt "{start}" is over {tokens} tokens, cut: "{cut}"', stacklevel=3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hashed words
+
+
+def hashed_words(prompts, tokens=12, channels=128):
+    """Each lower-cased word is one token; anything but a letter or a digit ends a word.
+
+    A list of B prompts -> features (B, tokens, channels) float32 and mask (B, tokens) bool, True
+    for a word; the rest is zeros. An empty prompt has no words: its mask is all False, which stands
+    for the null caption. Words beyond `tokens` are cut, and a warning says which. A word's place
+    leaves no trace in its vector: to cross-attention such a caption is a set of words.
+    """
+    features = np.zeros((len(prompts), tokens, channels), np.float32)
+    mask = np.zeros((len(prompts), tokens), bool)
+    for b, prompt in enumerate(prompts):
+        words = re.findall(r"[^\W_]+", prompt.lower())
+        if len(words) > tokens:
+            warn_of_cut(prompt, tokens, " ".join(words[tokens:]))
+        for j, word in enumerate(words[:tokens]):
+            features[b, j] = word_vector(word, channels)
+            mask[b, j] = True
+    return torch.from_numpy(features), torch.from_numpy(mask)
+
+
+def word_vector(word, channels):
+    """A word -> its vector (channels,): float32 N(0, 1) numbers from numpy's Philox generator, the
+    key being the first 16 bytes of the word's SHA-256 as two little-endian numbers."""
+    key = np.frombuffer(hashlib.sha256(word.encode()).digest()[:16], "<u8")
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(channels, np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# T5
+
+
+def encode(prompts, model=T5_XXL, max_length=120, device=None, dtype=None, file=None, clean=False):
+    """T5 features of B prompts, in their order: features (B, L, C) float32 and mask (B, L) bool,
+    True for a token; the rest is zeros. L is `max_length`, C is 4096 for the XXL encoder.
+
+    The mask of an empty prompt is all False, which stands for the null caption. Arguments, errors
+    and warnings are those of `encode_each`.
+    """
+    each = encode_each(prompts, model, max_length, device, dtype, file, clean)
+    features = torch.zeros(len(prompts), max_length, each[0].shape[1] if each else 0)  # (B, L, C)
+    mask = torch.zeros(len(prompts), max_length, dtype=torch.bool)  # (B, L)
+    for b, prompt in enumerate(prompts):
+        n = len(each[b]) if prepare(prompt, clean) else 0
+        features[b, :n] = each[b][:n]
+        mask[b, :n] = True
+    return features, mask
+
+
+def encode_each(
+    prompts, model=T5_XXL, max_length=120, device=None, dtype=None, file=None, clean=False
+):
+    """T5 features of B prompts, in their order, unpadded: a list of B tensors (n, C). Equal prompts
+    are encoded once. For very many prompts: call this once, which fills the file, then `encode` on
+    one batch at a time.
+
+    `model`: a name at Hugging Face or a folder. `max_length`: tokens, 120 for PixArt-alpha, 300 for
+    Sigma, counting the closing </s> that T5 was trained with. `device`: by default cuda if there is
+    one. `dtype`: the encoder's, by default bfloat16 on cuda and float32 on the CPU. `clean`: apply
+    `clean_caption`; without it prompts are only stripped and lower-cased, as in the official code.
+    `file`: a .safetensors file that keeps the features; those of other prompts in it stay, and if
+    the encoding is interrupted, what was done is kept.
+
+    In the file a prompt goes by (model, max_length, the text after cleaning). Its real tokens are
+    kept in the encoder's own dtype, so that the next run gets the same bits: with XXL 8,192 bytes
+    a token in bfloat16 (98 kB for a prompt of 12 tokens, against 2 MB for (120, 4096) in float32),
+    twice that in float32.
+
+    A prompt of more tokens is cut, and when it is encoded a warning says what is lost. Raises
+    ValueError if transformers is not installed or `file` is damaged, ConnectionError if there are
+    no weights and no network.
+    """
+    texts = [prepare(prompt, clean) for prompt in prompts]
+    keys = [json.dumps([str(model), max_length, text], ensure_ascii=False) for text in texts]
+    kept = read_kept(file, keys) if file else {}
+    missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in kept}
+    if missing:
+        if file:
+            command.check_writable(file)
+        new = {}
+        encoded = run_t5(list(missing.values()), model, max_length, device, dtype)
+        try:
+            for key, features in zip(missing, encoded, strict=True):
+                new[key] = features
+        finally:
+            if file and new:
+                append_kept(file, new)
+        kept.update(new)
+    return [kept[key] for key in keys]
+
+
+def prepare(prompt, clean):
+    """What T5 is given of a prompt."""
+    return clean_caption(prompt) if clean else prompt.lower().strip()
+
+
+def read_kept(file, keys):
+    """The features in `file` of those `keys` that it has: {key: (n, C)}."""
+    if not Path(file).exists():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as kept:
+            return {key: kept.get_tensor(key) for key in set(keys) & set(kept.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole file of caption features: {error}") from error
+
+
+def append_kept(file, new):
+    """Adds features {key: (n, C)} to `file`, which is replaced at once and whole."""
+    old = load_file(file) if Path(file).exists() else {}
+    with command.replacing(file) as temporary:
+        save_file({**old, **new}, temporary)
+
+
+@torch.no_grad()
+def run_t5(texts, model, max_length, device=None, dtype=None, batch_size=8):
+    """Yields each text's features (n, C), on the CPU, in the encoder's dtype."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type != "cpu"
+    tokenizer, encoder = load_t5(model, dtype or (torch.bfloat16 if on_gpu else torch.float32))
+    encoder.eval().to(device)
+    for first in tqdm(range(0, len(texts), batch_size), "T5", unit="batch", disable=None):
+        tokens = [tokenize(tokenizer, t, max_length) for t in texts[first : first + batch_size]]
+        lengths = [len(ids) for ids in tokens]
+        # Padded to the longest of the batch, not to L: on a CPU 120 tokens take ten times as long.
+        # What the padding holds is no matter, as no token attends to it.
+        ids = pad_sequence(tokens, batch_first=True).to(device)  # (batch, longest)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+        features = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.cpu()
+        for row, n in zip(features, lengths, strict=True):  # row (longest, C)
+            yield row[:n].clone()
+    del encoder
+    if on_gpu:
+        torch.cuda.empty_cache()
+
+
+def tokenize(tokenizer, text, max_length):
+    """Text -> token numbers (n,) with the closing </s>; n is `max_length` at most."""
+    ids = tokenizer(text, verbose=False).input_ids
+    if len(ids) > max_length:
+        warn_of_cut(text, max_length, tokenizer.decode(ids[max_length - 1 : -1]))
+        ids = ids[: max_length - 1] + ids[-1:]
+    return torch.tensor(ids)
+
+
+def load_t5(model, dtype):
+    """-> the tokenizer and the encoder. Raises ValueError or ConnectionError, see `encode_each`."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError as error:
+        raise ValueError(
+            "new prompts for this model need the T5 encoder: "
+            'pip install "transformers>=4.56" sentencepiece protobuf'
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return tokenizer, T5EncoderModel.from_pretrained(model, dtype=dtype)
+    except Exception as error:  # the library raises many kinds, and what it says is many lines
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"could not load the text encoder {model} ({reason}): with a network it is downloaded "
+            "on first use; without, give a folder that holds it, or a file of kept features that "
+            "has these prompts"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Caption cleaning
+
+ADDRESSES = [
+    # https: and www: with what follows at once, and names like example.com/page
+    (r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])"
+     r"|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
+]  # fmt: skip
+SYMBOLS = [
+    (r"@\w+\b", ""),  # nicknames
+    (r"[\u31c0-\u9fff]+", ""),  # Chinese characters and their neighbours, Katakana extensions
+    # every dash that Unicode has, and every quotation mark, to the one on the keyboard
+    (r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+     r"\ufe31\ufe32\ufe58\ufe63\uff0d]+", "-"),
+    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+    ("[\u2018\u2019]", "'"),
+    (r"&quot;?|&amp", ""),
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
+    (r"\d:\d\d\s+$", ""),  # a time at the end
+    (r"\\n", " "),  # a line break spelt out
+    (r"#\d{1,3}\b|#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),  # long numbers
+    (r"\S+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),  # file names
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    ("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\\[\\]{}|\\\\/*]+",
+     " "),
+    (r"\s+\.\s+", " "),
+]  # fmt: skip
+ADVERTISING = [
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: ab1234, a1b, 12cd34
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+    (r"(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (r"\b(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),  # sizes: 30x40
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),  # a space after punctuation
+    (r"\s+", " "),
+    (r"^[\"']([\w\W]+)[\"']$", r"\1"),  # quotation marks around everything
+    (r"^['_,\-:;]", ""),
+    (r"['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
+]
+
+
+def clean_caption(caption):
+    """What captions from the web went through before T5 in DeepFloyd IF and in PixArt's training:
+    addresses, markup, file names, article numbers and advertising go; lower case; one kind of dash
+    and quotation mark. As officially, it is applied twice.
+
+    Two steps there use other libraries. Markup is dropped by Python's own HTML parser. Text of a
+    wrong encoding (which ftfy repairs there) stays as it is, but for composing letters and accents.
+    """
+    for _ in range(2):
+        caption = urllib.parse.unquote_plus(caption).strip().lower()
+        caption = substitute(caption.replace("<person>", "person"), ADDRESSES)
+        caption = substitute(without_markup(caption), SYMBOLS)
+        if len(re.findall("[-_]", caption)) > 3:  # this-is-my-cute-cat
+            caption = re.sub("[-_]", " ", caption)
+        caption = unicodedata.normalize("NFC", caption)
+        caption = html.unescape(html.unescape(caption)).strip()
+        caption = substitute(caption, ADVERTISING).strip()
+    return caption
+
+
+def substitute(caption, rules):
+    """Applies (pattern, replacement) one after another."""
+    for pattern, replacement in rules:
+        caption = re.sub(pattern, replacement, caption)
+    return caption
+
+
+def without_markup(caption):
+    """The text between HTML tags, its character references resolved."""
+    pieces = []
+    parser = HTMLParser()
+    parser.handle_data = pieces.append
+    parser.feed(caption)
+    parser.close()
+    return "".join(pieces)
