@@ -52,15 +52,22 @@ def timestep_embedding(t, size, max_period=10000):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def position_embedding(size, side):
-    """Fixed 2-D sinusoids, sines first: -> (side * side, size) float32. The first half of the
-    channels tells a token's column, the second its row (the official code's order)."""
+def grid_embedding(size, rows, columns):
+    """Fixed 2-D sinusoids, sines first, of the places rows (h,) and columns (w,), whole or
+    fractional: -> (h * w, size) float32, row by row. The first half of the channels tells a token's
+    column, the second its row (the official code's order)."""
     omega = 10000.0 ** -(torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, size / 4)
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, size / 2)
-    column = line[None, :].expand(side, side, -1)
-    row = line[:, None].expand(side, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(side * side, size).float()
+    omega = omega.to(rows.device)
+    row, column = (place.double()[:, None] * omega for place in (rows, columns))  # (., size / 4)
+    row, column = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (row, column))
+    shape = len(rows), len(columns), size // 2
+    grid = [column[None, :].expand(shape), row[:, None].expand(shape)]
+    return torch.cat(grid, dim=-1).reshape(-1, size)  # (h, w, size) -> (h * w, size)
+
+
+def position_embedding(size, side):
+    """The places of a square of tokens: -> (side * side, size) float32."""
+    return grid_embedding(size, torch.arange(side), torch.arange(side))
 
 
 class PatchEmbedder(nn.Module):
@@ -127,12 +134,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a tanh GELU between: (B, N, D) -> (B, N, 4 D) -> (B, N, D)."""
+    """Two layers with a tanh GELU between: (B, N, in) -> (B, N, hidden) -> (B, N, out)."""
 
-    def __init__(self, hidden_size, ratio):
+    def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
-        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -152,7 +159,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c, run=compute, k=0):  # x (B, N, D), c (B, D)
