@@ -14,10 +14,13 @@ Letters: B images, C channels, H and W sides of the latent, P side of a patch, N
 M caption tokens, D width of a token, L blocks, K = 3 L cacheable branches.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dit
 from dit import Attention, Mlp, PatchEmbedder, TimestepEmbedder, compute, grid_embedding, modulate
 
 # ------------------------------------------------------------------------------------------------
@@ -158,6 +161,7 @@ class PixArt(nn.Module):
         self.pe_interpolation, self.micro_conditions = pe_interpolation, micro_conditions
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guidance_channels = in_channels
+        self.diffusers = DIFFUSERS  # how that library names these weights
         kinds = ("attn", "cross", "mlp")
         self.branches = [f"{kind} {block}" for block in range(depth) for kind in kinds]
 
@@ -263,6 +267,12 @@ class PixArt(nn.Module):
         size = torch.tensor([[height, width]], dtype=torch.float32, device=device)
         return y, mask, size.repeat(len(y), 1), (size[:, :1] / size[:, 1:]).repeat(len(y), 1)
 
+    def not_in_diffusers(self):
+        """What a checkpoint in the layout of diffusers does not have: the null caption. It becomes
+        NaN, by which `condition` knows that it is not there."""
+        return {"y_embedder.y_embedding":
+                torch.full((self.model_max_length, self.caption_channels), math.nan)}
+
     def flops(self, H=None, W=None):
         """Arithmetic of one image's forward, 2 per multiply-add, matrix products and convolution
         only, for latents H x W (by default those of training): -> (list of K, one a branch; the
@@ -301,3 +311,54 @@ def initialize(network):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     return network
+
+
+# ------------------------------------------------------------------------------------------------
+# Official weights
+
+# The layout of diffusers, for dit.to_diffusers and dit.from_diffusers (see dit.DIFFUSERS)
+DIFFUSERS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
+    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
+    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
+    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
+    "adaln_single.linear": "t_block.1",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "transformer_blocks.{i}.scale_shift_table": "blocks.{i}.scale_shift_table",
+    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
+    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
+    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
+    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
+    "transformer_blocks.{i}.attn2.to_q": "blocks.{i}.cross_attn.q_linear",
+    "transformer_blocks.{i}.attn2.to_k": ("blocks.{i}.cross_attn.kv_linear", 0, 2),
+    "transformer_blocks.{i}.attn2.to_v": ("blocks.{i}.cross_attn.kv_linear", 1, 2),
+    "transformer_blocks.{i}.attn2.to_out.0": "blocks.{i}.cross_attn.proj",
+    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
+    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
+    "proj_out": "final_layer.linear",
+    "scale_shift_table": "final_layer.scale_shift_table",
+}
+
+
+def read_weights(path, network):
+    """Reads a checkpoint for `network`: official, or in the layout of diffusers, which lacks the
+    null caption (see `PixArt.condition`). -> a state dict with exactly the network's keys.
+
+    Raises FileNotFoundError, or ValueError: for the weights of another PixArt, and as
+    `dit.read_weights`.
+    """
+    state = dit.read_state(path)
+    tokens = tuple(getattr(state.get("y_embedder.y_embedding"), "shape", ()))[:1]
+    if tokens not in ((), (network.model_max_length,)):
+        raise ValueError(f"{path} is for captions of {tokens[0]} tokens, this network for "
+                         f"{network.model_max_length} (PixArt-alpha has 120, PixArt-Sigma 300)")
+    micro = bool(state.keys() & {"csize_embedder.mlp.0.weight",
+                                 "adaln_single.emb.resolution_embedder.linear_1.weight"})
+    if micro != network.micro_conditions:
+        raise ValueError(f"{path} has {'' if micro else 'no '}micro-conditions, unlike the network "
+                         "(of the published models only alpha 1024 has them)")
+    return dit.fit(state, network, path)

@@ -67,8 +67,8 @@ def main():
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (0)")
     parser.add_argument("--out", default="checkpoints/emoji_pixart.safetensors", help="the weights")
     parser.add_argument("--state", default="runs/pretrain_emoji/state.pt", help="for --resume")
-    parser.add_argument("--compile", action="store_true", help="fuse the network's small operations "
-                        "(torch.compile): a third faster; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="fuse small operations with "
+                        "torch.compile: 1.3 x as fast; needs a C++ compiler")
     parser.add_argument("--resume", action="store_true", help="go on from --state if it is there")
     args = parser.parse_args()
     train(args)
