@@ -52,15 +52,22 @@ def timestep_embedding(t, size, max_period=10000):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def position_embedding(size, side):
-    """Fixed 2-D sinusoids, sines first: -> (side * side, size) float32. The first half of the
-    channels tells a token's column, the second its row (the official code's order)."""
+def grid_embedding(size, rows, columns):
+    """Fixed 2-D sinusoids, sines first, of the places rows (h,) and columns (w,), whole or
+    fractional: -> (h * w, size) float32, row by row. The first half of the channels tells a token's
+    column, the second its row (the official code's order)."""
     omega = 10000.0 ** -(torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, size / 4)
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, size / 2)
-    column = line[None, :].expand(side, side, -1)
-    row = line[:, None].expand(side, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(side * side, size).float()
+    omega = omega.to(rows.device)
+    row, column = (place.double()[:, None] * omega for place in (rows, columns))  # (., size / 4)
+    row, column = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (row, column))
+    shape = len(rows), len(columns), size // 2
+    grid = [column[None, :].expand(shape), row[:, None].expand(shape)]
+    return torch.cat(grid, dim=-1).reshape(-1, size)  # (h, w, size) -> (h * w, size)
+
+
+def position_embedding(size, side):
+    """The places of a square of tokens: -> (side * side, size) float32."""
+    return grid_embedding(size, torch.arange(side), torch.arange(side))
 
 
 class PatchEmbedder(nn.Module):
@@ -127,12 +134,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a tanh GELU between: (B, N, D) -> (B, N, 4 D) -> (B, N, D)."""
+    """Two layers with a tanh GELU between: (B, N, in) -> (B, N, hidden) -> (B, N, out)."""
 
-    def __init__(self, hidden_size, ratio):
+    def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
-        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -152,7 +159,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c, run=compute, k=0):  # x (B, N, D), c (B, D)
@@ -205,6 +212,7 @@ class DiT(nn.Module):
             )
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.mlp_ratio = num_classes, mlp_ratio
+        self.diffusers = DIFFUSERS  # how that library names these weights
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guidance_channels = min(3, in_channels)
         self.branches = [f"{kind} {block}" for block in range(depth) for kind in ("attn", "mlp")]
@@ -252,6 +260,11 @@ class DiT(nn.Module):
         labels = labels.to(self.pos_embed.device)
         return (torch.cat([labels, torch.full_like(labels, self.num_classes)]),)
 
+    def not_in_diffusers(self):
+        """What a checkpoint in the layout of diffusers does not have: the fixed pos_embed."""
+        N, D = self.pos_embed.shape[1:]
+        return {"pos_embed": position_embedding(D, math.isqrt(N))[None]}
+
     def flops(self):
         """Arithmetic of one image's forward, 2 per multiply-add, matrix products and convolution
         only: -> (list of K, one a branch; the rest, which no cache can save)."""
@@ -288,12 +301,59 @@ def initialize(network):
 # Official weights
 
 
-def read_weights(path, network):
-    """Reads a checkpoint for `network`: `.safetensors`, or `.pt` (a state dict, bare or under
-    `ema`), never unpickling code. -> a state dict with exactly the network's keys and shapes.
+# The layout of diffusers: its names -> ours, where each may go on with .weight and .bias. A triple
+# (ours, j, n) is the j-th of n equal parts of our tensor. Embedders are repeated in every block.
+DIFFUSERS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    "transformer_blocks.{i}.norm1.linear": "blocks.{i}.adaLN_modulation.1",
+    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
+    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
+    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
+    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
+    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
+    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
 
-    Raises FileNotFoundError, or ValueError that names every missing, unexpected and misshapen key.
-    """
+
+def diffusers_names(network):
+    """The table above (the network's own), written out: {its name: (our name, j, n)}."""
+    ours, names = network.state_dict().keys(), {}
+    for new, old in network.diffusers.items():
+        old, j, n = old if isinstance(old, tuple) else (old, 0, 1)
+        for i in range(len(network.blocks)):
+            for end in ("", ".weight", ".bias"):
+                if (old + end).format(i=i) in ours:
+                    names[(new + end).format(i=i)] = (old + end).format(i=i), j, n
+    return names
+
+
+def to_diffusers(state, network):
+    """A state dict of the network -> the same weights in the layout of diffusers."""
+    names = diffusers_names(network)
+    return {new: state[old].chunk(n)[j].clone() for new, (old, j, n) in names.items()}
+
+
+def from_diffusers(state, network):
+    """A whole state dict in the layout of diffusers -> the network's own. What that layout does not
+    have, the network supplies. Raises ValueError if what it repeats is not equal everywhere."""
+    parts = {}
+    for new, (old, j, n) in diffusers_names(network).items():
+        known = parts.setdefault(old, [None] * n)
+        if known[j] is not None and not torch.equal(known[j], state[new]):
+            raise ValueError(f"{new} is not the same in every block")
+        known[j] = state[new]
+    return {**network.not_in_diffusers(), **{old: torch.cat(part) for old, part in parts.items()}}
+
+
+def read_state(path):
+    """Reads a checkpoint: `.safetensors`, or `.pt` and the like (a state dict, bare or under `ema`
+    or `state_dict`), never unpickling code. -> {name: tensor}.
+    Raises FileNotFoundError, or ValueError if it is damaged or something else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -305,11 +365,31 @@ def read_weights(path, network):
     except Exception as error:  # a damaged file makes the unpickler fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    state = state.get("ema", state) if isinstance(state, dict) else None
+    for name in ("ema", "state_dict"):
+        state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict, neither bare nor under `ema`")
+        raise ValueError(f"{path} holds no state dict, neither bare nor under `ema`, `state_dict`")
+    return state
 
+
+def read_weights(path, network):
+    """Reads a checkpoint for `network`, with the official names or in the layout of diffusers.
+    -> a state dict with exactly the network's keys and shapes.
+
+    Raises FileNotFoundError, or ValueError that names every missing, unexpected and misshapen key.
+    """
+    return fit(read_state(path), network, path)
+
+
+def fit(state, network, path):
+    """What `read_weights` does with the content of the file at `path`."""
     expected = network.state_dict()
+    diffusers = "pos_embed.proj.weight" in state
+    if diffusers:
+        expected = to_diffusers(expected, network)
+    for table in ("pos_embed", "pos_embed.pos_embed"):  # fixed, and not in every file
+        if table not in expected:
+            state.pop(table, None)
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
@@ -320,4 +400,4 @@ def read_weights(path, network):
     ]
     if problems:
         raise ValueError(f"{path} does not fit this network: " + "; ".join(problems))
-    return state
+    return from_diffusers(state, network) if diffusers else state

@@ -349,6 +349,51 @@ def test_weights_are_read_as_they_were_written(tmp_path, name):
     assert torch.equal(other(*inputs(0)), network(*inputs(0)))
 
 
+@SEEDS
+def test_the_layout_of_diffusers_is_written_and_read(tmp_path, seed):
+    """`diffusers_layout` above, by which diffusers' own network gives our output, is the oracle."""
+    network, other = tiny_dit(seed), tiny_dit(seed + 1)
+    state = network.state_dict()
+    theirs = dit.to_diffusers(state, network)
+    expected = diffusers_layout(state, len(network.blocks))
+    assert theirs.keys() == expected.keys()
+    assert all(torch.equal(theirs[key], expected[key]) for key in theirs)
+    read = dit.read_weights(save(tmp_path / "w.safetensors", theirs), other)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+    other.load_state_dict(read)
+    assert torch.equal(other(*inputs(seed)), network(*inputs(seed)))
+
+
+def test_the_full_size_layout_has_the_names_and_shapes_of_diffusers():
+    with torch.device("meta"):
+        network = dit.DiT(**dit.SIZES["XL/2"])
+        other = DiTTransformer2DModel(sample_size=32, out_channels=8)
+    theirs = other.state_dict()
+    ours = dit.to_diffusers(network.state_dict(), network)
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
+
+
+def test_what_does_not_fit_in_the_layout_of_diffusers_is_named_as_in_the_file(tmp_path):
+    network = tiny_dit()
+    whole = dit.to_diffusers(network.state_dict(), network)
+    state = dict(whole)
+    del state["transformer_blocks.1.attn1.to_k.bias"]
+    state.update({"proj_out_1.weight": torch.zeros(3), "proj_out.weight": torch.zeros(1)})
+    with pytest.raises(ValueError) as caught:
+        dit.read_weights(save(tmp_path / "w.pt", state), network)
+    assert str(caught.value).endswith(
+        "missing transformer_blocks.1.attn1.to_k.bias; unexpected proj_out.weight; "
+        "proj_out_1.weight is (3,), not (64, 32)"
+    )
+    name = "transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"
+    whole[name] = whole[name] + 1
+    with pytest.raises(ValueError, match=f"{name} is not the same in every block"):
+        dit.read_weights(save(tmp_path / "w.pt", whole), network)
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_one_error_names_every_key_that_does_not_fit(tmp_path, name):
     network = tiny_dit()
