@@ -14,12 +14,12 @@ D width of a token, L blocks, K = 2 L cacheable branches.
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
+
+import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Sizes (table 1 of the paper; the patch size follows the slash)
@@ -300,7 +300,6 @@ def initialize(network):
 # ------------------------------------------------------------------------------------------------
 # Official weights
 
-
 # The layout of diffusers: its names -> ours, where each may go on with .weight and .bias. A triple
 # (ours, j, n) is the j-th of n equal parts of our tensor. Embedders are repeated in every block.
 DIFFUSERS = {
@@ -320,84 +319,10 @@ DIFFUSERS = {
 }
 
 
-def diffusers_names(network):
-    """The table above (the network's own), written out: {its name: (our name, j, n)}."""
-    ours, names = network.state_dict().keys(), {}
-    for new, old in network.diffusers.items():
-        old, j, n = old if isinstance(old, tuple) else (old, 0, 1)
-        for i in range(len(network.blocks)):
-            for end in ("", ".weight", ".bias"):
-                if (old + end).format(i=i) in ours:
-                    names[(new + end).format(i=i)] = (old + end).format(i=i), j, n
-    return names
-
-
-def to_diffusers(state, network):
-    """A state dict of the network -> the same weights in the layout of diffusers."""
-    names = diffusers_names(network)
-    return {new: state[old].chunk(n)[j].clone() for new, (old, j, n) in names.items()}
-
-
-def from_diffusers(state, network):
-    """A whole state dict in the layout of diffusers -> the network's own. What that layout does not
-    have, the network supplies. Raises ValueError if what it repeats is not equal everywhere."""
-    parts = {}
-    for new, (old, j, n) in diffusers_names(network).items():
-        known = parts.setdefault(old, [None] * n)
-        if known[j] is not None and not torch.equal(known[j], state[new]):
-            raise ValueError(f"{new} is not the same in every block")
-        known[j] = state[new]
-    return {**network.not_in_diffusers(), **{old: torch.cat(part) for old, part in parts.items()}}
-
-
-def read_state(path):
-    """Reads a checkpoint: `.safetensors`, or `.pt` and the like (a state dict, bare or under `ema`
-    or `state_dict`), never unpickling code. -> {name: tensor}.
-    Raises FileNotFoundError, or ValueError if it is damaged or something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    for name in ("ema", "state_dict"):
-        state = state.get(name, state) if isinstance(state, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict, neither bare nor under `ema`, `state_dict`")
-    return state
-
-
 def read_weights(path, network):
     """Reads a checkpoint for `network`, with the official names or in the layout of diffusers.
     -> a state dict with exactly the network's keys and shapes.
 
     Raises FileNotFoundError, or ValueError that names every missing, unexpected and misshapen key.
     """
-    return fit(read_state(path), network, path)
-
-
-def fit(state, network, path):
-    """What `read_weights` does with the content of the file at `path`."""
-    expected = network.state_dict()
-    diffusers = "pos_embed.proj.weight" in state
-    if diffusers:
-        expected = to_diffusers(expected, network)
-    for table in ("pos_embed", "pos_embed.pos_embed"):  # fixed, and not in every file
-        if table not in expected:
-            state.pop(table, None)
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} is {shapes[key]}, not {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and shapes[key] != expected[key].shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit this network: " + "; ".join(problems))
-    return from_diffusers(state, network) if diffusers else state
+    return checkpoint.fitted(checkpoint.read(path), network, path)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import dit
+import checkpoint
 from dit import Attention, Mlp, PatchEmbedder, TimestepEmbedder, compute, grid_embedding, modulate
 
 # ------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def initialize(network):
 # ------------------------------------------------------------------------------------------------
 # Official weights
 
-# The layout of diffusers, for dit.to_diffusers and dit.from_diffusers (see dit.DIFFUSERS)
+# The layout of diffusers, as checkpoint.to_diffusers reads it (see dit.DIFFUSERS)
 DIFFUSERS = {
     "pos_embed.proj": "x_embedder.proj",
     "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -349,9 +349,9 @@ def read_weights(path, network):
     null caption (see `PixArt.condition`). -> a state dict with exactly the network's keys.
 
     Raises FileNotFoundError, or ValueError: for the weights of another PixArt, and as
-    `dit.read_weights`.
+    `checkpoint.fitted`.
     """
-    state = dit.read_state(path)
+    state = checkpoint.read(path)
     tokens = tuple(getattr(state.get("y_embedder.y_embedding"), "shape", ()))[:1]
     if tokens not in ((), (network.model_max_length,)):
         raise ValueError(f"{path} is for captions of {tokens[0]} tokens, this network for "
@@ -361,4 +361,4 @@ def read_weights(path, network):
     if micro != network.micro_conditions:
         raise ValueError(f"{path} has {'' if micro else 'no '}micro-conditions, unlike the network "
                          "(of the published models only alpha 1024 has them)")
-    return dit.fit(state, network, path)
+    return checkpoint.fitted(state, network, path)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import dit
 from tests.small import tiny_dit
 
@@ -354,7 +355,7 @@ def test_the_layout_of_diffusers_is_written_and_read(tmp_path, seed):
     """`diffusers_layout` above, by which diffusers' own network gives our output, is the oracle."""
     network, other = tiny_dit(seed), tiny_dit(seed + 1)
     state = network.state_dict()
-    theirs = dit.to_diffusers(state, network)
+    theirs = checkpoint.to_diffusers(state, network)
     expected = diffusers_layout(state, len(network.blocks))
     assert theirs.keys() == expected.keys()
     assert all(torch.equal(theirs[key], expected[key]) for key in theirs)
@@ -370,7 +371,7 @@ def test_the_full_size_layout_has_the_names_and_shapes_of_diffusers():
         network = dit.DiT(**dit.SIZES["XL/2"])
         other = DiTTransformer2DModel(sample_size=32, out_channels=8)
     theirs = other.state_dict()
-    ours = dit.to_diffusers(network.state_dict(), network)
+    ours = checkpoint.to_diffusers(network.state_dict(), network)
     assert {key: value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in theirs.items()
     }
@@ -378,7 +379,7 @@ def test_the_full_size_layout_has_the_names_and_shapes_of_diffusers():
 
 def test_what_does_not_fit_in_the_layout_of_diffusers_is_named_as_in_the_file(tmp_path):
     network = tiny_dit()
-    whole = dit.to_diffusers(network.state_dict(), network)
+    whole = checkpoint.to_diffusers(network.state_dict(), network)
     state = dict(whole)
     del state["transformer_blocks.1.attn1.to_k.bias"]
     state.update({"proj_out_1.weight": torch.zeros(3), "proj_out.weight": torch.zeros(1)})

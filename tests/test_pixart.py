@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import dit
 import pixart
 from cache import Cache
@@ -72,7 +73,7 @@ def diffusers_pixart(network):
         for block in other.transformer_blocks:
             block.ff.net[0].proj = torch.nn.Linear(D, int(D * network.mlp_ratio))
             block.ff.net[2] = torch.nn.Linear(int(D * network.mlp_ratio), D)
-    other.load_state_dict(dit.to_diffusers(network.state_dict(), network))
+    other.load_state_dict(checkpoint.to_diffusers(network.state_dict(), network))
     return other.eval()
 
 
@@ -313,7 +314,7 @@ def test_published_sizes_have_the_weights_that_diffusers_has(name):
             sample_size=network.input_size, caption_channels=4096,
             use_additional_conditions=name == "alpha1024",
         )
-    ours = dit.to_diffusers(network.state_dict(), network)
+    ours = checkpoint.to_diffusers(network.state_dict(), network)
     theirs = other.state_dict()
     assert {key: value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in theirs.items()
@@ -371,7 +372,8 @@ def test_both_layouts_are_the_same_weights(tmp_path, micro):
     network = tiny_pixart(1, micro_conditions=micro)
     other = tiny_pixart(2, micro_conditions=micro)
     state = network.state_dict()
-    theirs = {**dit.to_diffusers(state, network), "pos_embed.pos_embed": torch.zeros(1, 16, 24)}
+    theirs = checkpoint.to_diffusers(state, network)
+    theirs["pos_embed.pos_embed"] = torch.zeros(1, 16, 24)
     read = pixart.read_weights(save(tmp_path / "w.safetensors", theirs), other)
     assert read.keys() == state.keys()
     null = read.pop("y_embedder.y_embedding")
@@ -395,7 +397,7 @@ def test_one_error_names_every_key_that_does_not_fit(tmp_path, layout):
     if layout == "official":
         missing, misshapen = "t_block.1.bias", "blocks.1.cross_attn.kv_linear.weight"
     else:
-        state = dit.to_diffusers(state, network)
+        state = checkpoint.to_diffusers(state, network)
         missing, misshapen = "adaln_single.linear.bias", "transformer_blocks.1.attn2.to_k.weight"
     wanted = tuple(state[misshapen].shape)
     del state[missing]
@@ -419,7 +421,7 @@ def test_the_weights_of_another_pixart_are_refused_in_one_clear_line(tmp_path):
     micro = tiny_pixart(model_max_length=120, micro_conditions=True)
     with pytest.raises(ValueError, match="has no micro-conditions, unlike the network"):
         pixart.read_weights(path, micro)
-    for state in (micro.state_dict(), dit.to_diffusers(micro.state_dict(), micro)):
+    for state in (micro.state_dict(), checkpoint.to_diffusers(micro.state_dict(), micro)):
         with pytest.raises(ValueError, match="has micro-conditions, unlike the network"):
             pixart.read_weights(save(tmp_path / "1024.safetensors", state), alpha)
 
