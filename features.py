@@ -1,21 +1,23 @@
-"""The networks that look at images for the metrics: the Inception network of FID, and a small
-classifier of digits, so that every number but the CLIP score exists without a download.
+"""The networks that look at images for the metrics: the Inception network of FID; a small
+classifier of digits and a small CLIP for emoji, so that the numbers exist without a download.
 
     network = features.load("digits")                # "inception" is downloaded on first use
     pooled, spatial, logits = network(images)        # images uint8 (B, 3, H, W)
 
-Both give, in one pass, what the metrics are made of: `pooled` (B, D) for FID, precision and recall,
+All give, in one pass, what the metrics are made of: `pooled` (B, D) for FID, precision and recall,
 `spatial` (B, S) for sFID, `logits` (B, classes) for the Inception score.
 """
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
 import command
+import text
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -261,6 +263,54 @@ class DigitsClassifier(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
+# The emoji's own network
+
+
+class EmojiEncoder(nn.Module):
+    """A small CLIP for emoji (Radford et al. 2021): images and captions of hashed words go to one
+    space, where those that belong together are close. Trained by experiments/pretrain.py. Its
+    features stand in for Inception's, its cosines for CLIP's."""
+
+    name = "emoji encoder"
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = Conv(3, 24, 3, padding=1)
+        self.conv2 = Conv(24, 48, 3, stride=2, padding=1)
+        self.conv3 = Conv(48, 48, 3, padding=1)
+        self.conv4 = Conv(48, 96, 3, stride=2, padding=1)
+        self.conv5 = Conv(96, 96, 3, padding=1)
+        self.image = nn.Linear(96, 64)
+        self.word = nn.Linear(128, 256, bias=False)
+        self.text = nn.Linear(256, 64)
+        self.log_scale = nn.Parameter(torch.tensor(2.0))  # of the cosines, in training
+
+    def forward(self, images):
+        """uint8 (B, 3, 32, 32) -> pooled (B, 96), spatial (B, 256), the first 4 channels of
+        `conv4`, and no logits: there are no classes. Raises ValueError for another size."""
+        if images.shape[2:] != (32, 32):
+            H, W = images.shape[2:]
+            raise ValueError(f"the emoji encoder sees 32 x 32 images, not {H} x {W}")
+        x = images.to(self.image.weight.dtype) / 127.5 - 1             # (B,  3, 32, 32)
+        x = self.conv3(self.conv2(self.conv1(x)))                      # (B, 48, 16, 16)
+        x = self.conv4(x)                                              # (B, 96,  8,  8)
+        spatial = x[:, :4].permute(0, 2, 3, 1).flatten(1)              # (B, 256)
+        return self.conv5(x).mean((2, 3)), spatial, None
+
+    def encode_image(self, images, normalize=True):
+        """uint8 (B, 3, 32, 32) -> (B, 64), of length 1 if `normalize`."""
+        x = self.image(self(images)[0])
+        return F.normalize(x, dim=1) if normalize else x
+
+    def encode_text(self, words, normalize=True):
+        """Hashed words (B, L, 128), zeros where there is none -> (B, 64), of length 1 if
+        `normalize`: the mean over the words of what each contributes."""
+        count = words.abs().sum(2).gt(0).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+        x = self.text(F.relu(self.word(words)).sum(1) / count)
+        return F.normalize(x, dim=1) if normalize else x
+
+
+# ------------------------------------------------------------------------------------------------
 # By name
 
 
@@ -274,7 +324,7 @@ def read_weights(path, network):
 
 def load(name, weights=None, device="cpu", resize="tf1"):
     """A feature network, ready for use: `inception` (`weights` or pytorch-fid's, downloaded on
-    first use) or `digits` (shipped). `resize` is Inception's preprocessing.
+    first use), `digits` or `emoji` (shipped). `resize` is Inception's preprocessing.
 
     Raises ValueError for an unknown name or weights that do not fit, ConnectionError if they
     cannot be downloaded, FileNotFoundError.
@@ -285,8 +335,11 @@ def load(name, weights=None, device="cpu", resize="tf1"):
     elif name == "digits":
         network = DigitsClassifier()
         weights = weights or SHIPPED / "digits_classifier.safetensors"
+    elif name == "emoji":
+        network = EmojiEncoder()
+        weights = weights or SHIPPED / "emoji_encoder.safetensors"
     else:
-        raise ValueError(f"unknown features {name}: use inception or digits")
+        raise ValueError(f"unknown features {name}: use inception, digits or emoji")
     network.load_state_dict(read_weights(weights, network))
     network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last)  # 1.4 x the speed on a CPU
@@ -294,10 +347,19 @@ def load(name, weights=None, device="cpu", resize="tf1"):
 
 def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
     """A CLIP network of open_clip, its preprocessing of Pillow images and its tokenizer.
-    `pretrained` is a tag of open_clip's, downloaded on first use, or a file.
+    `pretrained` is a tag of open_clip's, downloaded on first use, or a file. The model `emoji` is
+    the shipped encoder of emoji.
 
     Raises ValueError for an unknown name, ConnectionError if the weights cannot be downloaded.
     """
+    if model == "emoji":
+        def tokenizer(prompts):
+            return text.hashed_words(prompts)[0]  # (B, 12, 128)
+
+        def preprocess(image):
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 32, 32)
+
+        return load("emoji", device=device), preprocess, tokenizer
     try:
         import open_clip  # takes seconds, and only the CLIP score needs it
     except (ImportError, RuntimeError) as error:

@@ -277,11 +277,12 @@ def extract(source, network, batch_size=64, words="features"):
     with full_precision():
         for batch in pictures.batches(images, total, batch_size, words):
             pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)
-            pooled, spatial, logits = (x.float().cpu() for x in network(pixels))
+            pooled, spatial, logits = (x if x is None else x.float().cpu() for x in network(pixels))
             moments.add(pooled)
             spatial_moments.add(spatial)
             kept.append((pooled, logits))
-    pooled, logits = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    pooled, logits = zip(*kept, strict=True)
+    pooled, logits = torch.cat(pooled), None if logits[0] is None else torch.cat(logits)
     return Statistics(network.name, total, moments.mean, moments.covariance,
                       spatial_moments.mean, spatial_moments.covariance, pooled, logits)
 
@@ -368,7 +369,8 @@ def compare(samples, reference, metrics=None, device="cpu"):
         if name not in METRICS:
             raise ValueError(f"unknown metric {name}: use {', '.join(METRICS)}")
         if name not in allowed:
-            raise ValueError(f"{name} needs the images, not statistics only")
+            raise ValueError(f"{name} needs the images, not statistics only"
+                             + (", and a network that tells classes" if name == "is" else ""))
     values = {}
     if "fid" in metrics:
         values["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
@@ -406,7 +408,10 @@ def evaluate(images, reference="digits", metrics=None, network=None, batch_size=
 
 
 def usual_features(reference):
-    return "digits" if isinstance(reference, str) and reference in pictures.NAMED else "inception"
+    """The network for a reference: for a data set of ours its own, else Inception."""
+    if isinstance(reference, str) and reference in pictures.NAMED:
+        return reference.split("-")[0]
+    return "inception"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -440,11 +445,12 @@ def main():
     parser.add_argument("samples", help="a folder of images, an npz, or digits-held-out and such")
     parser.add_argument("--reference", default="digits", help="the same (default: digits)")
     parser.add_argument("--metrics", help=f"some of {','.join(METRICS)}; default: all that can be")
-    parser.add_argument("--features", help="inception or digits; default: as the reference needs")
+    parser.add_argument("--features", help="inception, digits or emoji (as the reference needs)")
     parser.add_argument("--weights", help="Inception's weights, if not pytorch-fid's")
     parser.add_argument("--resize", default="tf1", help="Inception's: tf1 (default) or pytorch-fid")
     parser.add_argument("--captions", help="a caption a line, in the order of the images' names")
-    parser.add_argument("--clip-model", default="ViT-B-32", help="of open_clip (ViT-B-32)")
+    parser.add_argument("--clip-model", default="ViT-B-32",
+                        help="of open_clip, or emoji, the shipped one (ViT-B-32)")
     parser.add_argument("--clip-pretrained", default="openai", help="its weights' tag (openai)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -482,6 +488,8 @@ def main():
         clip = features.load_clip(args.clip_model, args.clip_pretrained, device)
         values["clip"] = clip_score(images, captions, clip, args.batch_size)
         networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
+        if args.clip_model == "emoji":
+            networks["clip"] = clip[0].name
         counts = {"images": total, **counts}
 
     if args.json:

@@ -1,11 +1,15 @@
 """Every name that `--model` accepts, and what stands behind it: the network and its weights, the
-shape that it denoises, and the sampler, steps and guidance that it is used with.
+shape that it denoises, what reads its prompts, the autoencoder, and the sampler, steps and guidance
+that it is used with.
 
     model = models.load("digits")                    # shipped; "dit256" is downloaded on first use
-    prediction = model.network(x, t, *model.network.condition(labels))
+    prediction = model.network(x, t, *model.condition(labels))
+    model = models.load("pixart256")
+    condition = model.condition(["a red apple", "a house by the sea"])
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +17,15 @@ from torch import nn
 
 import command
 import dit
+import pixart
+import shipped
+import text
+import vae
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-OFFICIAL_DIT = "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt"
+OFFICIAL_DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
+CAPTIONS = Path("runs/captions.safetensors")  # where T5's features are kept
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclasses.dataclass
@@ -27,17 +37,80 @@ class Model:
     sampler: str
     steps: int
     guidance: float
-    latent: bool  # denoises latents, which an autoencoder turns into pictures, not pixels
     router: Path | None = None  # the shipped router for these settings
+    text: str | None = None  # what reads its prompts, "t5" or "hashed"; None: it is told a class
+    autoencoder: str | None = None  # its repository at Hugging Face; None: it denoises pixels
+    scale: float = 1.0  # of the latents: the network denoises scale * latent
+    size: tuple | None = None  # (H, W) of what it denoises, if not as in training
 
     @property
     def shape(self):
         """(C, H, W) of what the network denoises."""
-        return self.network.in_channels, self.network.input_size, self.network.input_size
+        side = self.network.input_size
+        return self.network.in_channels, *(self.size or (side, side))
+
+    @property
+    def pixels(self):
+        """(H, W) of the pictures."""
+        factor = 8 if self.autoencoder else 1
+        return tuple(factor * side for side in self.shape[1:])
 
     @property
     def device(self):
-        return self.network.pos_embed.device
+        return next(self.network.parameters()).device
+
+    def to(self, device):
+        """Moves the network."""
+        self.network.to(device)
+        return self
+
+    def resize(self, height=None, width=None):
+        """From now on the pictures have height x width pixels; None leaves a side as it is.
+        Raises ValueError for sides that do not divide, or a network of one size only."""
+        if height is None and width is None:
+            return
+        factor = self.pixels[0] // self.shape[1]
+        unit = factor * self.network.patch_size
+        height, width = height or self.pixels[0], width or self.pixels[1]
+        if self.text is None:
+            raise ValueError(f"{self.name} makes pictures of {self.pixels[0]} x {self.pixels[1]} "
+                             "pixels only: leave --height and --width out")
+        if min(height, width) < unit or height % unit or width % unit:
+            raise ValueError(f"height and width must be multiples of {unit}, not {height}, {width}")
+        self.size = height // factor, width // factor
+
+    def prompts(self):
+        """The prompts that it is sampled and its router is trained with, if no others are given;
+        None if it is told a class."""
+        if self.text is None:
+            return None
+        return shipped.emoji_prompts() if self.text == "hashed" else shipped.read_prompts()
+
+    def encode(self, prompts, device=None):
+        """Caption features of B prompts and their mask, as `PixArt.condition` takes them."""
+        tokens, channels = self.network.model_max_length, self.network.caption_channels
+        if self.text == "hashed":
+            return text.hashed_words(prompts, tokens, channels)
+        return text.encode(prompts, max_length=tokens, device=device, file=CAPTIONS)
+
+    def prepare(self, items, device=None):
+        """Has T5 read the prompts `items`, so that `condition` finds their features in a file. T5,
+        several times as large as the network, is gone from the device afterwards."""
+        if self.text == "t5":
+            tokens = self.network.model_max_length
+            text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS)
+
+    def condition(self, items):
+        """B class labels, a tensor or a list, or B prompts -> the condition of a guided batch
+        [items, null]: a tuple for 2 B rows. Raises ValueError for a label that there is not."""
+        if self.text is None:
+            return self.network.condition(torch.as_tensor(items))
+        size = self.pixels if self.network.micro_conditions else None
+        return self.network.condition(*self.encode(list(items)), size)
+
+
+# ------------------------------------------------------------------------------------------------
+# The models
 
 
 def digits(weights):
@@ -47,19 +120,63 @@ def digits(weights):
     weights = weights or SHIPPED / "digits_dit.safetensors"
     network.load_state_dict(dit.read_weights(weights, network))
     router = SHIPPED / "digits_router.safetensors"
-    return Model("digits", network, "ddim", steps=20, guidance=2.5, latent=False, router=router)
+    return Model("digits", network, "ddim", steps=20, guidance=2.5, router=router)
 
 
-def dit256(weights):
-    """The official DiT-XL/2 on the 4 x 32 x 32 latents of 256 x 256 ImageNet pictures."""
+def emoji(weights):
+    """This project's small PixArt on the 32 x 32 pixels of emoji, which it knows by heart, trained
+    by experiments/pretrain.py. Its prompts are hashed words."""
+    network = pixart.PixArt(**pixart.SIZES["emoji"])
+    weights = weights or SHIPPED / "emoji_pixart.safetensors"
+    network.load_state_dict(pixart.read_weights(weights, network))
+    router = SHIPPED / "emoji_router.safetensors"
+    return Model("emoji", network, "dpm-solver++", steps=20, guidance=3.0, router=router,
+                 text="hashed")
+
+
+def official_dit(weights, size):
+    """The official DiT-XL/2 on the latents of `size` x `size` ImageNet pictures."""
     with torch.device("meta"):  # 2.7 GB that the weights replace at once
-        network = dit.DiT(**dit.SIZES["XL/2"], input_size=32)
-    state = dit.read_weights(weights or command.download(OFFICIAL_DIT), network)
-    network.load_state_dict(state, assign=True)
-    return Model("dit256", network, "ddim", steps=20, guidance=1.5, latent=True)
+        network = dit.DiT(**dit.SIZES["XL/2"], input_size=size // 8)
+    weights = weights or command.download(f"{OFFICIAL_DIT}DiT-XL-2-{size}x{size}.pt")
+    network.load_state_dict(dit.read_weights(weights, network), assign=True)
+    return Model(f"dit{size}", network, "ddim", steps=20, guidance=1.5,
+                 autoencoder="stabilityai/sd-vae-ft-ema", scale=0.18215)
 
 
-MODELS = {"digits": digits, "dit256": dit256}
+def official_pixart(weights, name):
+    """An official PixArt, alpha or Sigma, by its name in PIXART."""
+    size, file = PIXART[name]
+    alpha = size.startswith("alpha")
+    with torch.device("meta"):
+        network = pixart.PixArt(**pixart.SIZES[size])
+    repository = "PixArt-alpha/PixArt-alpha" if alpha else "PixArt-alpha/PixArt-Sigma"
+    weights = weights or hugging_face(repository, file)
+    network.load_state_dict(pixart.read_weights(weights, network), assign=True)
+    vae_name = "stabilityai/sd-vae-ft-ema" if alpha else "stabilityai/sdxl-vae"
+    return Model(name, network, "dpm-solver++", steps=20, guidance=4.5, text="t5",
+                 autoencoder=vae_name, scale=0.18215 if alpha else 0.13025)
+
+
+PIXART = {  # name: (pixart.SIZES, the file of the weights)
+    "pixart256": ("alpha256", "PixArt-XL-2-256x256.pth"),
+    "pixart512": ("alpha512", "PixArt-XL-2-512x512.pth"),
+    "pixart1024": ("alpha1024", "PixArt-XL-2-1024-MS.pth"),
+    "sigma256": ("sigma256", "PixArt-Sigma-XL-2-256x256.pth"),
+    "sigma512": ("sigma512", "PixArt-Sigma-XL-2-512-MS.pth"),
+    "sigma1024": ("sigma1024", "PixArt-Sigma-XL-2-1024-MS.pth"),
+    "sigma2048": ("sigma2048", "PixArt-Sigma-XL-2-2K-MS.pth"),
+}
+MODELS = {  # name: weights -> Model
+    "digits": digits,
+    "emoji": emoji,
+    "dit256": partial(official_dit, size=256),
+    "dit512": partial(official_dit, size=512),
+    **{name: partial(official_pixart, name=name) for name in PIXART},
+}
+
+# ------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load(name, weights=None, device=None, dtype=None):
@@ -70,7 +187,7 @@ def load(name, weights=None, device=None, dtype=None):
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name}: use {' or '.join(MODELS)}")
+        raise ValueError(f"unknown model {name}: use {', '.join(MODELS)}")
     dtype = str(dtype or "float32").removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
@@ -80,6 +197,33 @@ def load(name, weights=None, device=None, dtype=None):
     model = MODELS[name](weights)
     model.network.eval().requires_grad_(False).to(device, getattr(torch, dtype))
     return model
+
+
+def load_autoencoder(model, weights=None):
+    """The autoencoder that a latent model is used with, ready, on its device and in its dtype (but
+    bfloat16 for float16, in which SDXL's overflows). Raises as `load` does."""
+    with torch.device("meta"):
+        network = vae.Autoencoder()
+    weights = weights or hugging_face(model.autoencoder, VAE_FILE)
+    network.load_state_dict(vae.read_weights(weights, network), assign=True)
+    dtype = next(model.network.parameters()).dtype
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    return network.eval().requires_grad_(False).to(model.device, dtype)
+
+
+def hugging_face(repository, file):
+    """The path of a file of a repository at Hugging Face, downloaded on first use into that
+    library's ordinary cache. Raises ConnectionError."""
+    from huggingface_hub import hf_hub_download  # takes a second, and only downloads need it
+
+    try:
+        return hf_hub_download(repository, file)
+    except (OSError, ValueError) as error:  # not there, no network, an unknown repository
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"could not download {file} of {repository} ({reason}): fetch it from "
+            f"https://huggingface.co/{repository} and name it (--weights; an autoencoder: --vae)"
+        ) from error
 
 
 def find_device(name=None):

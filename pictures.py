@@ -1,28 +1,41 @@
-"""A set of images, wherever it is: a folder, an npz file, an array or a data set by name.
+"""Images in and out: a set of them read from a folder, an npz file, an array or a data set by name;
+what a model made as pixels, as a grid, as files.
 
     total, images = pictures.read("my_folder/")      # a number and a generator of (H, W, 3)
+    pictures.write(Path("grid.png"), pictures.to_pixels(x))
 """
 
 import concurrent.futures
 import itertools
+import textwrap
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import command
 import shipped
 
+# ------------------------------------------------------------------------------------------------
+# Reading
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-NAMED = {"digits": "all", "digits-train": "train", "digits-held-out": "held-out"}
+NAMED = {  # what each is: a function -> images uint8 (N, 1 or 3, H, W)
+    "digits": lambda: shipped.digits("all")[0],
+    "digits-train": lambda: shipped.digits("train")[0],
+    "digits-held-out": lambda: shipped.digits("held-out")[0],
+    "emoji": lambda: shipped.emoji()[0],
+}
 
 
 def read(source):
     """How many images `source` holds, and a generator of them, each uint8 (H, W, 3). `source` is an
     array uint8 (N, H, W, 3), a folder of pictures (in the order of their names), an npz with
-    `arr_0`, or `digits`, `digits-train`, `digits-held-out`.
+    `arr_0`, or `digits`, `digits-train`, `digits-held-out`, `emoji`.
 
     Raises FileNotFoundError, or ValueError; for a picture that cannot be read, a truncated file or
     mixed sizes once the generator comes to it.
@@ -31,7 +44,7 @@ def read(source):
         check(source.dtype, source.shape, "the array")
         return len(source), iter(source)
     if source in NAMED:
-        images = shipped.digits(NAMED[source])[0]  # (N, 1, 28, 28)
+        images = NAMED[source]()
         return len(images), iter(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     path = Path(source)
     if path.is_dir():
@@ -106,3 +119,60 @@ def batches(images, total, batch_size, words):
         while batch := list(itertools.islice(images, batch_size)):
             yield np.stack(batch)
             bar.update(len(batch))
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing and writing
+
+
+def to_pixels(x):
+    """Images (B, C, H, W) in [-1, 1], grey or RGB -> uint8 (B, H, W, 3)."""
+    pixels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images, columns=10, titles=None):
+    """uint8 (N, H, W, 3) -> one picture, row by row; small images are enlarged. `titles`, N
+    strings, are written below the images, in 5 columns then."""
+    N, H, W, _ = images.shape
+    bar = 34 if titles else 0
+    scale = max(1, round((120 if titles else 84) / H))
+    columns = min(N, 5 if titles else columns)
+    rows = -(-N // columns)
+    height, width = scale * H + scale + bar, scale * W + scale
+    canvas = Image.new("RGB", (columns * width, rows * height), "white")
+    font = ImageFont.load_default(12)
+    for j, image in enumerate(images):
+        x, y = j % columns * width, j // columns * height
+        picture = Image.fromarray(image).resize((scale * W, scale * H), Image.NEAREST)
+        canvas.paste(picture, (x, y))
+        if titles:
+            lines = textwrap.wrap(titles[j], max(8, width // 7))[:2]
+            ImageDraw.Draw(canvas).text((x, y + scale * H + 2), "\n".join(lines), "black", font)
+    return canvas
+
+
+def stack(titles, pictures):
+    """Pictures below one another, each under its title."""
+    bar = 30
+    height = sum(picture.height + bar for picture in pictures)
+    canvas = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
+    y = 0
+    for title, picture in zip(titles, pictures, strict=True):
+        ImageDraw.Draw(canvas).text((4, y + 6), title, "black", ImageFont.load_default(16))
+        canvas.paste(picture, (0, y + bar))
+        y += bar + picture.height
+    return canvas
+
+
+def write(out, images, first=0, titles=None):
+    """uint8 (N, H, W, 3) -> a PNG grid, an ADM-style npz (`arr_0`), or, if `out` has no suffix, a
+    folder of PNGs numbered from `first`. Latents (N, C, H, W) go into an npz, as `latents`."""
+    if out.suffix == ".png":
+        command.save_image(out, grid(images, titles=titles))
+    elif out.suffix == ".npz":
+        with command.replacing(out) as temporary:
+            np.savez(temporary, **{"arr_0" if images.dtype == np.uint8 else "latents": images})
+    else:
+        for j, image in enumerate(images):
+            command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))

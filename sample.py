@@ -3,23 +3,27 @@
     python sample.py                                  # digits with the shipped router
     python sample.py --compare --out compare.png      # full and cached from the same noise
     python sample.py --schedule fora:2 --labels 0,1,2 --num-samples 30
+    python sample.py --model emoji --prompt "red apple" --prompt "dog face"
+    python sample.py --model dit256 --labels random --num-samples 50000 --out images
 
-Letters: B images, C channels of the latent (of the pixels, for digits), T steps, K branches.
+Letters: B images, C channels of the latent (or of the pixels), T steps, K branches.
 """
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import command
 import models
+import pictures
 import router
+import shipped
 from cache import Cache
 from samplers import DDIM, DDPM, Noise, make_sampler
 
@@ -63,54 +67,6 @@ def denoise(network, sampler, x, condition, guidance, cache=None, noise=None, fi
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def to_pixels(x):
-    """Images (B, C, H, W) in [-1, 1], grey or RGB -> uint8 (B, H, W, 3)."""
-    pixels = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(images, columns=10):
-    """uint8 (N, H, W, 3) -> one picture, row by row; small images are enlarged."""
-    N, H, W, _ = images.shape
-    scale, columns = max(1, round(84 / H)), min(N, columns)
-    rows = -(-N // columns)
-    canvas = np.full((rows * columns, H + 1, W + 1, 3), 255, np.uint8)
-    canvas[:N, :H, :W] = images
-    canvas = canvas.reshape(rows, columns, H + 1, W + 1, 3).swapaxes(1, 2)
-    picture = Image.fromarray(canvas.reshape(rows * (H + 1), columns * (W + 1), 3))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-
-
-def stack(titles, pictures):
-    """Pictures below one another, each under its title."""
-    bar = 30
-    height = sum(picture.height + bar for picture in pictures)
-    canvas = Image.new("RGB", (max(picture.width for picture in pictures), height), "white")
-    y = 0
-    for title, picture in zip(titles, pictures, strict=True):
-        ImageDraw.Draw(canvas).text((4, y + 6), title, "black", ImageFont.load_default(16))
-        canvas.paste(picture, (0, y + bar))
-        y += bar + picture.height
-    return canvas
-
-
-def write(out, images, first=0):
-    """uint8 (N, H, W, 3) -> a PNG grid, an ADM-style npz (`arr_0`), or, if `out` has no suffix, a
-    folder of PNGs numbered from `first`. Latents (N, C, H, W) go into an npz, as `latents`."""
-    if out.suffix == ".png":
-        command.save_image(out, grid(images))
-    elif out.suffix == ".npz":
-        with command.replacing(out) as temporary:
-            np.savez(temporary, **{"arr_0" if images.dtype == np.uint8 else "latents": images})
-    else:
-        for j, image in enumerate(images):
-            command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))
-
-
-# ------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -136,30 +92,82 @@ def choose_schedule(args, model, sampler, steps, guidance):
     return file.schedule(tau), words
 
 
-def choose_labels(text, classes, count):
-    """`--labels 3,1,4`, repeated to `count` images; without it every class in turn: -> (count,).
+def choose_labels(text, classes, count, seed):
+    """`--labels 3,1,4`, repeated to `count` images; `random`, drawn for each image from the seed
+    and its number; without it every class in turn: -> a list of `count`.
     Raises ValueError for anything but labels of this model."""
+    if text == "random":
+        return Noise(seed, range(count)).labels(classes).tolist()
     labels = text.split(",") if text else [str(label) for label in range(classes)]
     if not all(label.strip().isdecimal() and int(label) < classes for label in labels):
-        raise ValueError(f"--labels takes numbers from 0 to {classes - 1}, like 3,1,4; not {text}")
-    return torch.tensor([int(labels[j % len(labels)]) for j in range(count)])
+        raise ValueError(f"--labels takes numbers from 0 to {classes - 1}, like 3,1,4, or random; "
+                         f"not {text}")
+    return [int(labels[j % len(labels)]) for j in range(count)]
 
 
-def choose_out(args, model):
+def choose_items(args, model):
+    """What each image is to show, by the flags: a list of labels or of prompts. Prompts are taken
+    in turn, each once if no number of images is given. Raises ValueError."""
+    if model.text is None:
+        if args.prompt or args.prompts:
+            raise ValueError(f"{model.name} is told a class, not a prompt: use --labels")
+        count = 20 if args.num_samples is None else args.num_samples
+        return choose_labels(args.labels, model.network.num_classes, count, args.seed)
+    if args.labels:
+        raise ValueError(f"{model.name} is told a prompt, not a class: use --prompt or --prompts")
+    given = args.prompt or (shipped.read_prompts(args.prompts) if args.prompts else None)
+    prompts, count = given or model.prompts(), args.num_samples
+    if count is None:
+        count = len(given) if given else 20
+    return [prompts[j % len(prompts)] for j in range(count)]
+
+
+def choose_out(args):
     """The path to write to, tried out now rather than after the work. Raises ValueError or OSError
     if it cannot take what the command makes."""
-    out = args.out or Path("latents.npz" if model.latent else "samples.png")
+    out = args.out or Path("latents.npz" if args.latents else "samples.png")
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out is a .png, a .npz or a folder (a name without a dot), not {out}")
-    if model.latent and (out.suffix != ".npz" or args.compare):
-        raise ValueError(
-            f"{model.name} makes latents, and this version has no autoencoder to turn them into "
-            "pictures: use --out NAME.npz, without --compare"
-        )
+    if args.latents and (out.suffix != ".npz" or args.compare):
+        raise ValueError("--latents go into a file: use --out NAME.npz, without --compare")
     if args.compare and out.suffix != ".png":
         raise ValueError(f"--compare draws one picture: use --out NAME.png, not {out}")
     command.check_writable(out if out.suffix else out / "000000.png")
     return out
+
+
+def folder_notes(settings, items):
+    """What is noted in a folder of images: {file name: text}."""
+    return {"settings.json": json.dumps(settings) + "\n",
+            "items.txt": "".join(f"{item}\n" for item in items)}
+
+
+def continue_folder(folder, settings, items):
+    """How many of the images 0, 1, ... `folder` holds already. Raises ValueError if its notes say
+    that they were made with other settings, or show something else."""
+    notes = folder_notes(settings, items)
+    if not (folder / "settings.json").exists():
+        return 0
+    old = {name: (folder / name).read_text() for name in notes}
+    lines = old["items.txt"], notes["items.txt"]
+    same = lines[0].startswith(lines[1]) or lines[1].startswith(lines[0])  # more or fewer images
+    if old["settings.json"] != notes["settings.json"] or not same:
+        raise ValueError(f"{folder} holds images made with other settings, see {folder}/"
+                         "settings.json: choose another --out")
+    missing = (j for j in range(len(items)) if not (folder / f"{j:06d}.png").exists())
+    return next(missing, len(items))
+
+
+def make_decoder(model, args):
+    """What turns x_0 (B, C, H, W) into what is written: uint8 (B, H, W, 3), or latents."""
+    if not model.autoencoder:
+        if args.vae or args.latents:
+            raise ValueError(f"{model.name} makes pixels: --vae and --latents are for latents")
+        return pictures.to_pixels
+    if args.latents:
+        return lambda x: x.cpu().numpy()
+    autoencoder = models.load_autoencoder(model, args.vae)
+    return lambda x: pictures.to_pixels(autoencoder.decode(x / model.scale))
 
 
 @dataclasses.dataclass
@@ -185,22 +193,23 @@ def timed_denoise(model, *args, **kwargs):
     return x, seconds
 
 
-def generate(model, sampler, guidance, labels, seed, batch_size, cache, compare, totals):
-    """Samples in batches: yields the number of the batch's first image, its x_0 (B, C, H, W), and
-    the same images made without a cache.
+def generate(model, sampler, guidance, items, seed, batch_size, cache, compare, totals, first=0):
+    """Samples in batches, from image number `first` on: yields the number of a batch's first image,
+    its x_0 (B, C, H, W), and the same images made without a cache.
 
     The latter are made for the first batch, which is enough for time and error, or for all if
     `compare`; else they are None. `cache` is None for sampling without one. Fills in `totals`.
     """
-    for first in tqdm(range(0, len(labels), batch_size), unit="batch", disable=None):
-        images = range(first, min(first + batch_size, len(labels)))
+    starts = range(first, len(items), batch_size)
+    for start in tqdm(starts, unit="batch", disable=None):
+        images = range(start, min(start + batch_size, len(items)))
         noise = Noise(seed, images)
         x = noise.start(model.shape, model.device)
-        condition = model.network.condition(labels[first : images.stop])
-        if first == 0:  # one evaluation that is not timed, to warm up
+        condition = model.condition(items[start : images.stop])
+        if start == first:  # one evaluation that is not timed, to warm up
             next(walk(model.network, sampler, x, condition, guidance, noise=noise))
         full = None
-        both = cache is not None and (compare or first == 0)
+        both = cache is not None and (compare or start == first)
         if both:
             full, full_seconds = timed_denoise(model, sampler, x, condition, guidance, noise=noise)
         x, seconds = timed_denoise(model, sampler, x, condition, guidance, cache, noise)
@@ -210,13 +219,13 @@ def generate(model, sampler, guidance, labels, seed, batch_size, cache, compare,
         if both:
             totals.full_seconds += full_seconds
             totals.squared_error += len(images) * (x - full).double().square().mean().item()
-        yield first, x, full
+        yield start, x, full
 
 
-def report(network, steps, cache, totals):
-    """Prints what sampling took."""
+def report(model, steps, cache, totals):
+    """Prints what sampling took, without the autoencoder."""
     seconds = totals.seconds / totals.images
-    branch_flops, other_flops = network.flops()
+    branch_flops, other_flops = model.network.flops(*(model.size or ()))
     gflop = 2 * steps * (sum(branch_flops) + other_flops) / 1e9  # with and without the label
     if cache is None:
         print(f"seconds per image {seconds:.4f}, GFLOP per image {gflop:.3f}")
@@ -234,7 +243,7 @@ def report(network, steps, cache, totals):
           f"CUR counted        {0:8.1f} %  {100 * cache.cur:8.1f} %\n"
           f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB   "
           f"of {cache.full_bytes / 1e6:.2f} MB that all branches of a batch take\n"
-          f"mean squared error to the uncached image: "
+          f"mean squared error to the uncached {'latent' if model.autoencoder else 'image'}: "
           f"{totals.squared_error / totals.images:.2e} ({totals.images} images)")
 
 
@@ -246,8 +255,8 @@ def comparison(full, cached, totals, cache):
         f"cached, CUR {100 * cache.cur:.1f} %: {totals.seconds / totals.images:.3f} s per image",
         "difference, 4 times enlarged",
     ]
-    pictures = [full, cached, (4 * difference).clip(0, 255).astype(np.uint8)]
-    return stack(titles, [grid(images) for images in pictures])
+    rows = [full, cached, (4 * difference).clip(0, 255).astype(np.uint8)]
+    return pictures.stack(titles, [pictures.grid(images) for images in rows])
 
 
 def main():
@@ -259,44 +268,70 @@ def main():
     which.add_argument("--router", type=Path, help="router file (default: the shipped one)")
     which.add_argument("--schedule", help="none, fora:N, fora-paper:N or random:CUR")
     parser.add_argument("--tau", type=float, help="threshold, if not the router's own")
-    parser.add_argument("--labels", help="like 3,1,4, repeated; default: every class in turn")
-    parser.add_argument("--num-samples", type=int, default=20, help="images (20)")
+    parser.add_argument("--labels", help="like 3,1,4, repeated; random; default: each in turn")
+    parser.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
+    parser.add_argument("--height", type=int, help="of the pictures, in pixels (as in training)")
+    parser.add_argument("--width", type=int, help="of the pictures, in pixels (as in training)")
+    parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
     parser.add_argument("--batch-size", type=int, default=20, help="images at once (20)")
     parser.add_argument("--compare", action="store_true", help="draw full, cached, difference")
-    parser.add_argument("--out", type=Path, help=".png (grid), .npz (ADM style) or a folder")
+    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--latents", action="store_true", help="write latents, not pictures")
+    parser.add_argument("--out", type=Path,
+                        help=".png (grid), .npz (ADM style) or a folder, which is filled image by "
+                             "image: the same command goes on where it was interrupted")
     args = parser.parse_args()
-    if args.num_samples < 1 or args.batch_size < 1:
+    if min(args.batch_size, 1 if args.num_samples is None else args.num_samples) < 1:
         raise ValueError("--num-samples and --batch-size must be 1 or more")
 
-    model = models.load(args.model, args.weights, args.device, args.dtype)
+    out = choose_out(args)
+    model = models.load(args.model, args.weights, "cpu", args.dtype)
+    model.resize(args.height, args.width)
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
     sampler_name = args.sampler or model.sampler
     sampler = make_sampler(sampler_name, steps)
     schedule, source = choose_schedule(args, model, sampler_name, steps, guidance)
-    labels = choose_labels(args.labels, model.network.num_classes, args.num_samples)
-    out = choose_out(args, model)
+    items = choose_items(args, model)
+    settings = {
+        "model": args.model, "weights": args.weights, "sampler": sampler_name, "steps": steps,
+        "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
+        "dtype": args.dtype, "pixels": model.pixels,
+    }
+    first = 0 if out.suffix else continue_folder(out, settings, items)
+    if first == len(items):
+        print(f"{out} holds all {first} images")
+        return
+    device = models.find_device(args.device)
+    model.prepare(items, device)  # the text encoder is gone again before the network comes
+    model.to(device)
+    decode = make_decoder(model, args)
     print(f"{model.name}, {sampler_name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
           f"{model.device}\n{source}, CUR {100 * router.cur(schedule):.1f} %")
 
     cache = None if schedule.all() and not args.compare else Cache(schedule)
     totals, kept, kept_full = Totals(), [], []
-    batches = generate(model, sampler, guidance, labels, args.seed, args.batch_size, cache,
-                       args.compare, totals)
-    for first, x, full in batches:
-        images = x.cpu().numpy() if model.latent else to_pixels(x)
+    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache,
+                       args.compare, totals, first)
+    for start, x, full in batches:
+        images = decode(x)
         if out.suffix:
             kept.append(images)
         else:
-            write(out, images, first)
+            if start == first:
+                for name, text in folder_notes(settings, items).items():
+                    with command.replacing(out / name) as temporary:
+                        temporary.write_text(text)
+            pictures.write(out, images, start)
         if args.compare:
-            kept_full.append(to_pixels(full))
-    report(model.network, steps, cache, totals)
+            kept_full.append(decode(full))
+    report(model, steps, cache, totals)
     if args.compare:
         picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)
         command.save_image(out, picture)
     elif out.suffix:
-        write(out, np.concatenate(kept))
+        pictures.write(out, np.concatenate(kept), titles=items if model.text else None)
     print(f"wrote {out}")
 
 

@@ -1,6 +1,7 @@
 """The small real data sets that the repository ships (`data/README.md` has their sources).
 
     images, labels = shipped.digits("train")         # uint8 (4000, 1, 28, 28) and (4000,)
+    images, captions = shipped.emoji()               # uint8 (1026, 3, 32, 32) and 1,026 strings
 """
 
 from pathlib import Path
@@ -33,3 +34,29 @@ def digits(part="all"):
         return images, labels
     mask = held_out(labels) == (part == "held-out")
     return images[mask], labels[mask]
+
+
+def emoji(every=False):
+    """The emoji that the small text-to-image model knows, all but flags, symbols, components and
+    people; with `every` these too, behind the others. -> images uint8 (1026 or 1911, 3, 32, 32) and
+    as many captions, a list."""
+    with np.load(DATA / "emoji32.npz") as data:
+        other = np.isin(data["categories"], ("Flags", "Symbols", "Component", "People & Body"))
+        order = np.argsort(other, kind="stable")[: None if every else (~other).sum()]
+        images, captions = data["images"][order], data["captions"][order].tolist()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def emoji_prompts():
+    """The captions of those, shuffled once and for all: the first of them are nobody's choice."""
+    _, captions = emoji()
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+    return [captions[j] for j in order]
+
+
+def read_prompts(path=DATA / "prompts.txt"):
+    """A file of prompts, one a line: -> a list. Raises ValueError if there is none in it."""
+    prompts = Path(path).read_text(encoding="utf-8").splitlines()
+    if not any(prompt.strip() for prompt in prompts):
+        raise ValueError(f"{path} holds no prompts: write one a line")
+    return prompts

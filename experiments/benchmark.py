@@ -42,7 +42,7 @@ def random_model(sizes):
     """A frozen DiT with random weights, none of whose gates is zero, as a model for sampling."""
     torch.manual_seed(SEED)
     network = dit.DiT(**sizes).eval().requires_grad_(False)
-    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE, latent=True)
+    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
 
 
 def in_turn(measures, repeats):

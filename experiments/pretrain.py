@@ -2,6 +2,7 @@
 
     python -m experiments.pretrain                    # the digits DiT, on 4,000 digits
     python -m experiments.pretrain --model digits-classifier    # and the statistics for FID
+    python -m experiments.pretrain --model emoji-encoder
 
 The DiT's training is its paper's (section 3; the loss is IDDPM's). Interrupt a run at any time; the
 same command with --resume goes on to the bitwise same weights.
@@ -25,6 +26,7 @@ import dit
 import features
 import metrics
 import shipped
+import text
 from samplers import DDPM
 
 SAVE_EVERY = 200  # steps
@@ -32,8 +34,13 @@ DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifi
 SETTINGS = {  # EMA 0 is no average
     "digits": dict(steps=8000, batch_size=64, lr=2e-3, ema=0.999),
     "digits-classifier": dict(steps=2000, batch_size=64, lr=3e-3, ema=0.0),
+    "emoji-encoder": dict(steps=1500, batch_size=128, lr=2e-3, ema=0.0),
 }
-OUT = {"digits": "digits_dit.safetensors", "digits-classifier": "digits_classifier.safetensors"}
+OUT = {
+    "digits": "digits_dit.safetensors",
+    "digits-classifier": "digits_classifier.safetensors",
+    "emoji-encoder": "emoji_encoder.safetensors",
+}
 
 # ------------------------------------------------------------------------------------------------
 # One training for all of them
@@ -224,9 +231,55 @@ def train_classifier(args):
 
 
 # ------------------------------------------------------------------------------------------------
+# The emoji encoder
+
+
+def contrastive_loss(images, texts, scale):
+    """CLIP's: each image is to find its caption among the batch's, and each caption its image.
+    images and texts (B, D) of length 1 -> a number."""
+    logits = scale * images @ texts.T  # (B, B)
+    right = torch.arange(len(logits))
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def train_emoji_encoder(args):
+    """The network that the emoji's metrics look with. Every tenth of the 1,026 emoji is held out;
+    it learns from the others and from the 885 that the emoji model leaves out."""
+    images, captions = shipped.emoji(every=True)
+    words = text.hashed_words(captions)[0]  # (1911, 12, 128)
+    held_out = torch.zeros(len(images), dtype=torch.bool)
+    held_out[: len(shipped.emoji()[1]) : 10] = True
+    seen, seen_words = images[~held_out], words[~held_out]
+    torch.manual_seed(args.seed)  # for the initialisation only
+    network = features.EmojiEncoder()
+
+    def loss(generator):
+        batch = torch.randperm(len(seen), generator=generator)[: args.batch_size]
+        pixels = 255 - augmented(255 - seen[batch], generator)  # their background is white
+        dropped = torch.rand(len(batch), 12, 1, generator=generator) < 0.2  # of the words
+        texts = network.encode_text(seen_words[batch] * ~dropped)
+        scale = network.log_scale.exp().clamp(max=100)
+        return {"contrastive": contrastive_loss(network.encode_image(pixels), texts, scale)}
+
+    average, hours = fit(network, loss, args, args.state)
+    with torch.no_grad():
+        cosines = average.encode_image(images[held_out]) @ average.encode_text(words[held_out]).T
+    better = (cosines > cosines.diagonal()[:, None]).sum(1)  # captions closer than its own
+    top1, top5 = (100 * (better < n).double().mean().item() for n in (1, 5))
+    retrieval = f"{top1:.1f} % first, {top5:.1f} % among 5, of {len(better)}"
+    print(f"held-out images that find their caption: {retrieval}")
+    save_weights(args.out, average, args, hours=f"{hours:.2f}", data="emoji32.npz",
+                 retrieval=retrieval)
+
+
+# ------------------------------------------------------------------------------------------------
 # The command
 
-TRAIN = {"digits": train_digits, "digits-classifier": train_classifier}
+TRAIN = {
+    "digits": train_digits,
+    "digits-classifier": train_classifier,
+    "emoji-encoder": train_emoji_encoder,
+}
 
 
 def main():

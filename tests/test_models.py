@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 import command
 import dit
 import models
+import pixart
+import text
+import vae
 
 from .small import tiny_dit
 
@@ -63,7 +66,7 @@ def test_what_digits_is_used_with(digits):
     model = models.load("digits", weights=str(digits[1]), device="cpu")
     assert (model.name, model.sampler, model.steps) == ("digits", "ddim", 20)
     assert model.guidance > 1
-    assert not model.latent
+    assert model.autoencoder is None and model.text is None
     assert model.shape == (1, 28, 28)
     assert model.device == torch.device("cpu")
     assert model.router == models.SHIPPED / "digits_router.safetensors"
@@ -100,7 +103,7 @@ def test_a_bfloat16_network_answers_in_the_dtype_of_its_input(digits):
 
 
 def test_unknown_names_are_refused_with_those_that_exist(digits):
-    with pytest.raises(ValueError, match="unknown model sdxl: use digits or dit256"):
+    with pytest.raises(ValueError, match="unknown model sdxl: use digits, emoji, dit256, "):
         models.load("sdxl")
     with pytest.raises(ValueError, match="unknown dtype int8: use float32, bfloat16 or float16"):
         models.load("digits", weights=digits[1], dtype="int8")
@@ -167,20 +170,21 @@ def test_dit256_computes_what_an_ordinarily_built_network_does(tiny_xl, dtype):
 def test_what_dit256_is_used_with(tiny_xl):
     model = models.load("dit256", weights=tiny_xl[1], device="cpu")
     assert (model.name, model.sampler, model.steps, model.guidance) == ("dit256", "ddim", 20, 1.5)
-    assert model.latent
+    assert model.autoencoder == "stabilityai/sd-vae-ft-ema" and model.scale == 0.18215
     assert model.shape == (4, 32, 32)
     assert model.network.num_classes == 1000
     assert model.router is None
 
 
-def test_dit256_really_is_the_xl_network_on_latents(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "tokens"), ((256, 256), (512, 1024)))
+def test_dit_really_is_the_xl_network_on_latents(tmp_path, monkeypatch, size, tokens):
     asked = []
     monkeypatch.setattr(dit, "read_weights", lambda path, network: asked.append(network) or {})
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **flags: None)
-    models.dit256(tmp_path / "weights.pt")
+    models.official_dit(tmp_path / "weights.pt", size)
     (network,) = asked
     assert len(network.blocks) == 28
-    assert network.pos_embed.shape == (1, 256, 1152)
+    assert network.pos_embed.shape == (1, tokens, 1152)
     assert all(parameter.is_meta for parameter in network.parameters())  # no 2.7 GB here
 
 
@@ -327,14 +331,95 @@ def test_something_that_is_no_web_server(cache):
     assert_nothing_left(cache)
 
 
-def test_dit256_without_weights_downloads_the_official_ones(cache, tiny_xl, monkeypatch):
+def test_dit256_without_weights_downloads_the_official_ones(tiny_xl, monkeypatch):
     network, path = tiny_xl
-    assert models.OFFICIAL_DIT.startswith("https://")
-    assert models.OFFICIAL_DIT.endswith("/DiT-XL-2-256x256.pt")
-    with Server(path.read_bytes()) as server:
-        monkeypatch.setattr(models, "OFFICIAL_DIT", server.url)
-        for _ in range(2):
-            model = models.load("dit256", device="cpu")
-            loaded = model.network.state_dict()
-            assert all(torch.equal(loaded[k], v) for k, v in network.state_dict().items())
-        assert len(server.requests) == 2
+    asked = []
+    monkeypatch.setattr(command, "download", lambda url: asked.append(url) or path)
+    loaded = models.load("dit256", device="cpu").network.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in network.state_dict().items())
+    assert asked == ["https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Text to image
+
+
+TINY_PIXART = dict(hidden_size=24, depth=2, num_heads=2, patch_size=2, caption_channels=16)
+
+
+@pytest.mark.parametrize("name", models.PIXART)
+def test_pixart_by_name(name, tmp_path, monkeypatch):
+    """Every published one: its size in latents, caption length, micro-conditions, autoencoder, and
+    the whole network's names and shapes, without its 2.4 GB."""
+    asked = []
+    monkeypatch.setattr(models, "hugging_face", lambda *args: asked.append(args))
+    monkeypatch.setattr(pixart, "read_weights", lambda path, network: network.state_dict())
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)  # from the meta device
+    model = models.load(name, device="cpu")
+    alpha, side = name.startswith("pixart"), int(name.removeprefix("pixart").removeprefix("sigma"))
+    assert model.pixels == (side, side) and model.shape == (4, side // 8, side // 8)
+    assert model.network.model_max_length == (120 if alpha else 300)
+    assert model.network.micro_conditions == (name == "pixart1024")
+    assert (model.autoencoder, model.scale) == (
+        ("stabilityai/sd-vae-ft-ema", 0.18215) if alpha else ("stabilityai/sdxl-vae", 0.13025)
+    )
+    assert (model.sampler, model.steps, model.guidance) == ("dpm-solver++", 20, 4.5)
+    assert len(model.network.branches) == 84 and model.text == "t5"
+    repository, file = asked[0]
+    assert repository == f"PixArt-alpha/PixArt-{'alpha' if alpha else 'Sigma'}"
+    assert file.startswith("PixArt-XL-2-" if alpha else "PixArt-Sigma-XL-2-")
+
+
+def test_pictures_of_another_size():
+    network = pixart.PixArt(input_size=8, **TINY_PIXART)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="t5", autoencoder="x/y")
+    assert model.shape == (4, 8, 8) and model.pixels == (64, 64)
+    model.resize(width=96)
+    assert model.shape == (4, 8, 12) and model.pixels == (64, 96)
+    with pytest.raises(ValueError, match="height and width must be multiples of 16, not 60, 96"):
+        model.resize(60)
+    label = models.Model("tiny", tiny_dit(), "ddim", 20, 1.5)
+    with pytest.raises(ValueError, match="makes pictures of 8 x 8 pixels only"):
+        label.resize(16, 16)
+
+
+def test_conditions_from_prompts_and_from_labels():
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="hashed")
+    y, mask = model.condition(["a red apple", ""])
+    features, expected = text.hashed_words(["a red apple"], 6, 16)
+    null = network.y_embedder.y_embedding
+    assert torch.equal(y[0], features[0]) and torch.equal(mask[0], expected[0])
+    assert all(torch.equal(y[row], null) for row in (1, 2, 3))
+    assert mask.sum(1).tolist() == [3, 6, 3, 6]  # the null half sees as many tokens
+    label = models.Model("tiny", tiny_dit(), "ddim", 20, 1.5)
+    (labels,) = label.condition([1, 0])
+    assert labels.tolist() == [1, 0, *[label.network.num_classes] * 2]
+
+
+def test_micro_conditions_are_told_the_pictures_size():
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6, micro_conditions=True)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="hashed", autoencoder="x/y")
+    model.resize(64, 128)
+    _, _, size, ratio = model.condition(["a dog"])
+    assert size.tolist() == [[64, 128]] * 2 and ratio.tolist() == [[0.5]] * 2
+
+
+def test_an_autoencoder_by_file_and_without_a_network(tmp_path, monkeypatch):
+    tiny = vae.Autoencoder(channels=32, multipliers=(1, 1), res_blocks=1)
+    save_file(tiny.state_dict(), tmp_path / "vae.safetensors")
+    make = vae.Autoencoder
+    monkeypatch.setattr(
+        vae, "Autoencoder", lambda: make(channels=32, multipliers=(1, 1), res_blocks=1)
+    )
+    network = tiny_dit().to(torch.float16)
+    model = models.Model("tiny", network, "ddim", 20, 1.5, autoencoder="stabilityai/sdxl-vae")
+    loaded = models.load_autoencoder(model, tmp_path / "vae.safetensors")
+    assert next(loaded.parameters()).dtype == torch.bfloat16
+    assert torch.equal(loaded.post_quant_conv.weight, tiny.post_quant_conv.weight.bfloat16())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="could not download diffusion_pytorch_model.safe"
+                                              "tensors of stabilityai/sdxl-vae") as caught:
+        models.load_autoencoder(model)
+    assert "\n" not in str(caught.value) and "--vae" in str(caught.value)

@@ -524,13 +524,13 @@ def test_a_truncated_pt_is_refused(tmp_path):
 def test_sampling_with_an_official_file(tmp_path, monkeypatch, capsys):
     """The command, on a tiny network in the place of dit256."""
     network = tiny_dit(num_classes=1000)
-    tiny = models.Model("dit256", network, "ddim", steps=4, guidance=1.5, latent=True)
+    tiny = models.Model("dit256", network, "ddim", steps=4, guidance=1.5, autoencoder="x/y")
     monkeypatch.setitem(models.MODELS, "dit256", lambda weights: tiny)
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
         argv = ["sample.py", "--model", "dit256", "--device", "cpu", "--num-samples", "2"]
-        monkeypatch.setattr(sys, "argv", [*argv, "--out", "x.npz", *flags])
+        monkeypatch.setattr(sys, "argv", [*argv, "--latents", "--out", "x.npz", *flags])
         command.run(sample.main)
         with np.load("x.npz") as data:
             return capsys.readouterr().out, data["latents"]

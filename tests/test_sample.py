@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import command
 import dit
 import models
+import pictures
 import router
 import sample
 from cache import Cache, SoftCache
@@ -184,7 +185,7 @@ def test_the_loop_against_its_definition():
 
 def test_to_pixels_known_values():
     values = torch.tensor([-1.0, 1.0, 0.0, -0.5, -7.0, 7.0, 1 / 255, -1 / 255])
-    pixels = sample.to_pixels(values.view(1, 1, 2, 4))
+    pixels = pictures.to_pixels(values.view(1, 1, 2, 4))
     assert pixels.dtype == np.uint8
     assert pixels.shape == (1, 2, 4, 3)
     for channel in range(3):  # grey: all channels the same
@@ -193,9 +194,9 @@ def test_to_pixels_known_values():
 
 def test_to_pixels_puts_every_colour_in_its_place():
     levels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    pixels = sample.to_pixels(levels / 127.5 - 1)
+    pixels = pictures.to_pixels(levels / 127.5 - 1)
     assert np.array_equal(pixels, levels.permute(0, 2, 3, 1).numpy())
-    assert np.array_equal(sample.to_pixels((levels / 127.5 - 1).double()), pixels)
+    assert np.array_equal(pictures.to_pixels((levels / 127.5 - 1).double()), pixels)
 
 
 def random_images(N, H, W, seed=0):
@@ -208,7 +209,7 @@ def random_images(N, H, W, seed=0):
 ])
 def test_grid_puts_every_pixel_of_every_image_in_its_place(N, columns, H, W, scale):
     images = random_images(N, H, W)
-    picture = np.asarray(sample.grid(images, columns))
+    picture = np.asarray(pictures.grid(images, columns))
     shown = min(N, columns)
     rows = (N + shown - 1) // shown
     assert picture.shape == (rows * (H + 1) * scale, shown * (W + 1) * scale, 3)
@@ -225,15 +226,15 @@ def test_grid_puts_every_pixel_of_every_image_in_its_place(N, columns, H, W, sca
 
 def test_grid_has_ten_columns():
     assert np.array_equal(
-        sample.grid(random_images(12, 9, 9)), sample.grid(random_images(12, 9, 9), columns=10)
+        pictures.grid(random_images(12, 9, 9)), pictures.grid(random_images(12, 9, 9), columns=10)
     )
 
 
 def test_stack_puts_each_picture_below_its_title():
-    pictures = [sample.grid(random_images(n, 28, 28, seed=n)) for n in (2, 3)]
-    canvas = np.asarray(sample.stack(["one", "two"], pictures))
+    rows = [pictures.grid(random_images(n, 28, 28, seed=n)) for n in (2, 3)]
+    canvas = np.asarray(pictures.stack(["one", "two"], rows))
     y = 0
-    for picture in pictures:
+    for picture in rows:
         title = canvas[y : y + 30]
         assert (title < 128).any()
         y += 30
@@ -255,15 +256,15 @@ def test_the_difference_is_four_times_enlarged_up_to_white():
 
 def test_write_a_png(tmp_path):
     images = random_images(5, 28, 28)
-    sample.write(tmp_path / "new" / "x.png", images)
+    pictures.write(tmp_path / "new" / "x.png", images)
     written = np.asarray(Image.open(tmp_path / "new" / "x.png"))
-    assert np.array_equal(written, np.asarray(sample.grid(images)))
+    assert np.array_equal(written, np.asarray(pictures.grid(images)))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
 
 
 def test_write_an_npz_as_adm_reads_it(tmp_path):
     images = random_images(5, 28, 28)
-    sample.write(tmp_path / "x.npz", images)
+    pictures.write(tmp_path / "x.npz", images)
     with np.load(tmp_path / "x.npz") as data:
         assert data.files == ["arr_0"]
         assert data["arr_0"].dtype == np.uint8
@@ -273,8 +274,8 @@ def test_write_an_npz_as_adm_reads_it(tmp_path):
 
 def test_write_a_folder_numbers_the_images_on(tmp_path):
     images = random_images(5, 28, 20)
-    sample.write(tmp_path / "x", images[:3])
-    sample.write(tmp_path / "x", images[3:], first=3)
+    pictures.write(tmp_path / "x", images[:3])
+    pictures.write(tmp_path / "x", images[3:], first=3)
     files = sorted((tmp_path / "x").iterdir())
     assert [file.name for file in files] == [f"{j:06d}.png" for j in range(5)]
     for file, image in zip(files, images, strict=True):
@@ -286,7 +287,7 @@ def test_write_a_folder_numbers_the_images_on(tmp_path):
     (None, 12, [*range(10), 0, 1]), ("1,2,3", 2, [1, 2]),
 ])
 def test_labels(text, count, labels):
-    assert sample.choose_labels(text, 10, count).tolist() == labels
+    assert sample.choose_labels(text, 10, count, 0) == labels
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def images_in(path):
     if path.suffix == ".npz":
         with np.load(path) as data:
             return data["arr_0"]
-    return np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])
 
 
 def one_by_one(network, schedule, labels=(0, 1, 2), seed=0, guidance=1.5, sampler="ddim"):
@@ -387,10 +388,10 @@ def test_an_npz_holds_the_images(run, network, tmp_path):
     out = run("--schedule", "random:0.4", "--out", "x.npz")
     images = images_in(tmp_path / "x.npz")
     assert images.dtype == np.uint8
-    assert_same_pictures(images, sample.to_pixels(one_by_one(network, RANDOM)))
+    assert_same_pictures(images, pictures.to_pixels(one_by_one(network, RANDOM)))
     assert out.endswith("wrote x.npz\n")
     assert "digits, ddim, T = 4, guidance 1.5, seed 0, cpu" in out
-    uncached = sample.to_pixels(one_by_one(network, router.none(STEPS, 16)))
+    uncached = pictures.to_pixels(one_by_one(network, router.none(STEPS, 16)))
     changed = np.abs(images.astype(int) - uncached) > 1
     assert changed.mean() > 0.1  # so the cache had an effect
 
@@ -399,14 +400,14 @@ def test_a_png_is_the_grid_of_the_same_images(run, tmp_path):
     run("--schedule", "random:0.4", "--out", "x.npz")
     run("--schedule", "random:0.4", "--out", "x.png")
     picture = np.asarray(Image.open(tmp_path / "x.png"))
-    assert np.array_equal(picture, np.asarray(sample.grid(images_in(tmp_path / "x.npz"))))
+    assert np.array_equal(picture, np.asarray(pictures.grid(images_in(tmp_path / "x.npz"))))
 
 
 def test_a_folder_has_one_png_an_image(run, tmp_path):
     run("--schedule", "random:0.4", "--out", "x.npz")
     run("--schedule", "random:0.4", "--out", "new/x")
     files = sorted(file.name for file in (tmp_path / "new" / "x").iterdir())
-    assert files == ["000000.png", "000001.png", "000002.png"]
+    assert files == ["000000.png", "000001.png", "000002.png", "items.txt", "settings.json"]
     assert np.array_equal(images_in(tmp_path / "new" / "x"), images_in(tmp_path / "x.npz"))
 
 
@@ -426,7 +427,7 @@ def test_compare_shows_full_cached_and_difference(run, tmp_path):
     assert canvas.shape == (3 * (30 + height), IMAGES * height, 3)
     for n, images in enumerate((full, cached, np.minimum(difference, 255).astype(np.uint8))):
         top = n * (30 + height) + 30
-        assert np.array_equal(canvas[top : top + height], np.asarray(sample.grid(images)))
+        assert np.array_equal(canvas[top : top + height], np.asarray(pictures.grid(images)))
 
 
 def test_compare_with_schedule_none_has_no_difference(run, tmp_path):
@@ -486,11 +487,12 @@ def test_the_report_divides_the_seconds_by_the_images(capsys):
     for i in range(2):
         sample.guided(network, random(2, 2, 8, 8), 9, network.condition([1, 2]), 1, cache.start(i))
     totals = sample.Totals(images=4, seconds=2.0, full_seconds=3.0, squared_error=0.02)
-    sample.report(network, 2, cache, totals)
+    model = models.Model("tiny", network, "ddim", steps=2, guidance=1)
+    sample.report(model, 2, cache, totals)
     out = capsys.readouterr().out
     assert numbers(r"seconds per image +(\S+) +(\S+) +(\S+) x", out) == [0.75, 0.5, 1.5]
     assert numbers(r"uncached image: (\S+)", out) == [0.005]
-    sample.report(network, 2, None, totals)
+    sample.report(model, 2, None, totals)
     assert numbers(r"seconds per image (\S+),", capsys.readouterr().out) == [0.5]
 
 
@@ -514,7 +516,7 @@ def test_a_router_file_at_its_own_tau_and_at_another(run, network, tmp_path):
         assert f"router r.safetensors, tau {tau:g}, CUR" in out
         assert numbers(r"tau \S+, CUR ([\d.]+) %", out)[0] == pytest.approx(cur, abs=0.051)
         assert_same_pictures(
-            images_in(tmp_path / "x.npz"), sample.to_pixels(one_by_one(network, schedule))
+            images_in(tmp_path / "x.npz"), pictures.to_pixels(one_by_one(network, schedule))
         )
         curs.add(cur)
     assert len(curs) == 2
@@ -543,7 +545,7 @@ def test_the_shipped_router_is_used_at_the_models_own_settings_only(
 def test_labels_are_repeated(run, network, tmp_path):
     run("--schedule", "random:0.4", "--labels", "7,3", "--out", "x.npz")
     expected = one_by_one(network, RANDOM, labels=(7, 3, 7))
-    assert_same_pictures(images_in(tmp_path / "x.npz"), sample.to_pixels(expected))
+    assert_same_pictures(images_in(tmp_path / "x.npz"), pictures.to_pixels(expected))
 
 
 @pytest.mark.parametrize("sampler_name", ["ddim:1", "ddpm"])
@@ -552,7 +554,7 @@ def test_sampler_guidance_and_seed(run, network, tmp_path, sampler_name):
               "--out", "x.npz")
     expected = one_by_one(network, router.fora(STEPS, 16, 2), seed=5, guidance=3,
                           sampler=sampler_name)
-    assert_same_pictures(images_in(tmp_path / "x.npz"), sample.to_pixels(expected))
+    assert_same_pictures(images_in(tmp_path / "x.npz"), pictures.to_pixels(expected))
     assert f"digits, {sampler_name}, T = 4, guidance 3, seed 5" in out
 
 
@@ -570,9 +572,10 @@ def test_the_batch_size_does_not_change_the_images(run, tmp_path, sampler_name):
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
 def test_the_same_seed_gives_the_same_bytes(run, tmp_path, name):
     def bytes_of(seed):
-        run("--schedule", "random:0.4", "--seed", seed, "--out", name)
-        path = tmp_path / name
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))  # a new one each time
+        run("--schedule", "random:0.4", "--seed", seed, "--out", folder / name)
+        path = folder / name
+        files = sorted(path.glob("*.png")) if path.is_dir() else [path]
         return [file.read_bytes() for file in files]
 
     first = bytes_of(1)
@@ -585,6 +588,7 @@ def test_latents_are_written_as_they_are(run, tmp_path, monkeypatch):
     network = tiny_dit(**dit.SIZES["XL/2"], input_size=32, in_channels=4, num_classes=1000)
     save_file(network.state_dict(), tmp_path / "tiny.safetensors")
     flags = ["--model", "dit256", "--weights", "tiny.safetensors", "--schedule", "fora:2"]
+    flags += ["--latents"]
     out = run(*flags, "--labels", "999,0")
     assert out.endswith("wrote latents.npz\n")
     with np.load("latents.npz") as data:
@@ -600,6 +604,37 @@ def test_latents_are_written_as_they_are(run, tmp_path, monkeypatch):
     for more in (("--out", "x.png"), ("--out", "x"), ("--compare", "--out", "x.npz")):
         with pytest.raises(SystemExit):
             run(*flags, *more)
+
+
+def test_a_folder_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
+    """And more images can be asked for: the first ones stay as they are."""
+    run("--schedule", "fora:2", "--out", "whole", "--num-samples", 6)
+    write, calls = pictures.write, []
+
+    def write_once(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(write(*args))
+
+    monkeypatch.setattr(pictures, "write", write_once)
+    with pytest.raises(SystemExit):
+        run("--schedule", "fora:2", "--out", "x", "--num-samples", 5)
+    monkeypatch.setattr(pictures, "write", write)
+    assert len(list((tmp_path / "x").glob("*.png"))) == 2
+    before = (tmp_path / "x" / "000001.png").stat().st_mtime_ns
+    run("--schedule", "fora:2", "--out", "x", "--num-samples", 5)
+    assert "x holds all 5 images" in run("--schedule", "fora:2", "--out", "x", "--num-samples", 5)
+    run("--schedule", "fora:2", "--out", "x", "--num-samples", 6)
+    assert (tmp_path / "x" / "000001.png").stat().st_mtime_ns == before
+    assert_same_pictures(images_in(tmp_path / "x"), images_in(tmp_path / "whole"))
+    assert len((tmp_path / "x" / "items.txt").read_text().splitlines()) == 6
+
+
+def test_random_labels_are_seeded_and_each_images_own():
+    labels = sample.choose_labels("random", 10, 400, seed=3)
+    assert labels[:7] == sample.choose_labels("random", 10, 7, seed=3)
+    assert labels != sample.choose_labels("random", 10, 400, seed=4)
+    assert min(labels.count(label) for label in range(10)) > 15
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def tiny_model(seed=0):
-    return models.Model("tiny", tiny_dit(seed), "ddim", steps=4, guidance=SCALE, latent=False)
+    return models.Model("tiny", tiny_dit(seed), "ddim", steps=4, guidance=SCALE)
 
 
 def double_case(seed, T=4, images=range(3)):
