@@ -111,7 +111,8 @@ def add_model_flags(parser):
     parser.add_argument("--model", default="digits", help="digits or dit256 (default: digits)")
     parser.add_argument("--weights", help="the network's weights, if not the usual file")
     parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
-    parser.add_argument("--sampler", help="ddim, ddim:ETA with ETA from 0 to 1, or ddpm")
+    parser.add_argument("--sampler",
+                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is no guidance")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")

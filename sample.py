@@ -12,6 +12,7 @@ Letters: B images, C channels of the latent (or of the pixels), T steps, K branc
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -25,24 +26,26 @@ import pictures
 import router
 import shipped
 from cache import Cache
-from samplers import DDIM, DDPM, Noise, make_sampler
+from samplers import DDIM, DDPM, DPMSolverPlusPlus, Noise, SASolver, make_sampler
 
-__all__ = ["DDIM", "DDPM", "Noise", "denoise", "guided", "make_sampler", "walk"]
+__all__ = ["DDIM", "DDPM", "DPMSolverPlusPlus", "Noise", "SASolver", "denoise", "guided",
+           "make_sampler", "walk"]
 
 # ------------------------------------------------------------------------------------------------
 # The denoising loop
 
 
-def guided(network, x, t, condition, scale, cache=None):
+def guided(network, x, t, condition, scale, cache=None, channels=math.inf):
     """Classifier-free guidance: one batch of [condition, null], eps = null + scale (cond - null)
-    on the network's leading `guidance_channels`; the others stay as they are.
+    on the leading channels, the network's `guidance_channels` or, if those are fewer, `channels`
+    (the sampler's); the others stay as they are.
 
     x (B, C, H, W), t a number, condition a tuple for 2 B rows -> (2 B, C_out, H, W).
     """
     x = torch.cat([x, x])
     t = torch.full((len(x),), t, device=x.device)
     output = network(x, t, *condition, cache=cache)
-    channels = network.guidance_channels
+    channels = min(network.guidance_channels, channels)
     cond, null = output[:, :channels].chunk(2)
     eps = null + scale * (cond - null)
     return torch.cat([torch.cat([eps, eps]), output[:, channels:]], dim=1)
@@ -50,11 +53,13 @@ def guided(network, x, t, condition, scale, cache=None):
 
 @torch.no_grad()
 def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
-    """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on."""
+    """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on.
+    A sampler with history goes on from step `first` as a copy.copy of itself, made there."""
     for i in range(first, len(sampler.timesteps)):
         if cache is not None:
             cache.start(i)
-        prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache)
+        prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache,
+                            sampler.guidance_channels)
         x = sampler.step(prediction, i, x, noise)
         yield x
 

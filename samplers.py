@@ -4,12 +4,16 @@ A sampler is built from the number of steps T and lists `timesteps` in executed 
 first. `step(prediction, i, x, noise)` takes what the network said of x at step i to the next x. A
 solver with history may keep it in attributes, as long as step 0 starts it afresh and it replaces
 them instead of changing them in place: then copy.copy(sampler) is a snapshot of it.
+`guidance_channels` is how many leading channels the sampler's official code guides, at most.
 
 DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502. DDPM with learned variance (IDDPM):
-Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672.
+Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672. DPM-Solver++: Lu et al. 2022,
+https://arxiv.org/abs/2211.01095. SA-Solver: Xue et al. 2023, https://arxiv.org/abs/2309.05019.
 
 Letters: B images, C channels of the latent (of the pixels, for digits), T steps; `alpha_bar` is the
-share of signal: x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with eps from N(0, I).
+share of signal: x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with eps from N(0, I). The last
+two samplers write alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma)
+and h for the growth of lambda over a step. A prime marks what is after the step.
 """
 
 import itertools
@@ -25,6 +29,12 @@ BETAS = np.linspace(1e-4, 0.02, 1000)  # linear, as DiT and PixArt were trained
 ALPHA_BAR = np.cumprod(1 - BETAS)  # (1000,), timestep 0 the cleanest
 
 
+def check_steps(steps):
+    """Raises ValueError unless 2 <= steps <= 1000."""
+    if not 2 <= steps <= len(BETAS):
+        raise ValueError(f"steps must be from 2 to {len(BETAS)}, not {steps}")
+
+
 def respaced(steps):
     """The official spacing of T of the 1,000 timesteps: from 0 to 999, evenly, rounded.
 
@@ -32,8 +42,7 @@ def respaced(steps):
     (that of the next timestep executed; 1, no noise at all, after the last).
     Raises ValueError unless 2 <= steps <= 1000.
     """
-    if not 2 <= steps <= len(BETAS):
-        raise ValueError(f"steps must be from 2 to {len(BETAS)}, not {steps}")
+    check_steps(steps)
     stride = (len(BETAS) - 1) / (steps - 1)
     # The official code adds the stride up instead of multiplying it, and the rounding of that sum
     # decides between two timesteps at some T (39 of the paper's tables is one).
@@ -41,6 +50,25 @@ def respaced(steps):
     timesteps = np.array([round(value) for value in sums])[::-1]
     alpha_bar = ALPHA_BAR[timesteps]
     return timesteps.tolist(), alpha_bar, np.append(alpha_bar[1:], 1.0)
+
+
+def time_uniform(steps):
+    """The official grid of DPM-Solver++ and SA-Solver: from 999 down to 0, evenly, not rounded.
+
+    -> (T + 1,): the T timesteps, and the end, where the network is not asked any more. The official
+    time t = (timestep + 1) / 1000 goes from 1 to 0.001.
+    Raises ValueError unless 2 <= steps <= 1000.
+    """
+    check_steps(steps)
+    return np.linspace(len(BETAS) - 1, 0, steps + 1)
+
+
+def noise_levels(grid):
+    """alpha, sigma and lambda at timesteps that may be fractional: log alpha is interpolated
+    between the whole ones."""
+    log_alpha = np.interp(grid, np.arange(len(BETAS)), 0.5 * np.log(ALPHA_BAR))
+    sigma = np.sqrt(-np.expm1(2 * log_alpha))
+    return np.exp(log_alpha), sigma, log_alpha - np.log(sigma)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,6 +134,8 @@ class DDIM:
     Raises ValueError for steps outside 2 .. 1000 or eta outside 0 .. 1.
     """
 
+    guidance_channels = 3  # in the code of DiT and PixArt for this sampler and the next
+
     def __init__(self, steps, eta=0.0):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 to 1, not {eta}")
@@ -131,6 +161,8 @@ class DDPM:
     alpha = alpha_bar / alpha_bar' and beta = 1 - alpha. The last step gives the mean.
     Raises ValueError for steps outside 2 .. 1000.
     """
+
+    guidance_channels = 3
 
     def __init__(self, steps):
         self.timesteps, self.alpha_bar, self.alpha_bar_next = respaced(steps)
@@ -164,14 +196,119 @@ class DDPM:
         return mean + torch.exp(0.5 * self.log_variance(variance, i)) * noise.step(i, x)
 
 
+class DPMSolverPlusPlus:
+    """DPM-Solver++ 2M, algorithm 2 of its paper, with PixArt's settings: no noise, and second order
+    from the predictions of x_0 at this step and the last.
+
+    Without new noise x / sigma grows by exp(lambda) x_0 for each unit of lambda, so over a step
+
+        x' = sigma' / sigma x + alpha' integral of exp(-u) x_0(lambda' - u) du, u from 0 to h.
+
+    The x_0 of the middle of the step, on the line through the last two, stands for all of it:
+
+        x' = sigma' / sigma x + alpha' (1 - exp(-h)) (x_0 + h / (2 h_last) (x_0 - x_0_last)).
+
+    The first step has no last x_0, and the final one does without it if T < 10 (it is the longest
+    by far): there x_0 stands alone, which is DDIM.
+
+    `grid(T)` gives the timesteps and the end (T + 1,).
+    Raises ValueError for steps outside 2 .. 1000.
+    """
+
+    guidance_channels = math.inf  # all
+
+    def __init__(self, steps, grid=time_uniform):
+        grid = grid(steps)
+        self.timesteps = grid[:-1].tolist()
+        alpha, sigma, lambda_ = noise_levels(grid)
+        h = np.diff(lambda_)
+        self.alpha_bar = alpha[:-1] ** 2
+        self.from_x = sigma[1:] / sigma[:-1]
+        self.from_x0 = -alpha[1:] * np.expm1(-h)
+        self.ahead = np.append(0, h[1:] / (2 * h[:-1]))
+        if steps < 10:
+            self.ahead[-1] = 0
+
+    def step(self, prediction, i, x, noise=None):
+        """One step: x (B, C, H, W) at timesteps[i] -> the next x."""
+        eps, _ = split(prediction, x)
+        x0 = predict_x0(x, eps, self.alpha_bar[i])
+        last = self.history[i - 1] if i > 0 else x0
+        self.history = {i: x0}  # by its step, so that a walk out of order fails
+        middle = x0 + self.ahead[i] * (x0 - last)
+        return self.from_x[i] * x + self.from_x0[i] * middle
+
+
+class SASolver:
+    """SA-Solver with PixArt's settings: predictor and corrector of second order, one evaluation a
+    step, and noise in the middle of the way only.
+
+    Noise of any strength tau leaves the distribution at each timestep as it is, if x_0 pulls harder
+    in turn. With tau constant over a step and k = 1 + tau^2 (section 4 of the paper)
+
+        x' = sigma' / sigma exp(-tau^2 h) x + sigma' sqrt(1 - exp(-2 tau^2 h)) z
+             + alpha' integral of k exp(-k u) x_0(lambda' - u) du, u from 0 to h.
+
+    x_0 held still gives the integral 1 - exp(-k h) times x_0; call the x' of this first order E.
+    x_0 that moves by D over the step adds, to leading order in h,
+
+        x' = E + alpha' k h / 2 D.
+
+    The predictor guesses D = h / h_last (x_0 - x_0_last). The network then sees the x' predicted,
+    and from its x_0' the corrector takes D = x_0' - x_0, with E and its noise as they were. That
+    corrected x' is where the next step starts; the network does not see it (mode PEC).
+    The first step has no last x_0, and the final one is PixArt's first-order step: there D = 0.
+
+    tau is 1 in steps to a time t = (timestep + 1) / 1000 from 0.2 to 0.8, and 0 in all others, so
+    also in the final one; `tau` puts another number for the 1. `grid` as in DPMSolverPlusPlus.
+    Raises ValueError for steps outside 2 .. 1000.
+    """
+
+    guidance_channels = math.inf  # all
+
+    def __init__(self, steps, tau=1.0, grid=time_uniform):
+        grid = grid(steps)
+        self.timesteps = grid[:-1].tolist()
+        alpha, sigma, lambda_ = noise_levels(grid)
+        h = np.diff(lambda_)
+        t = (grid[1:] + 1) / len(BETAS)
+        tau = np.where((t >= 0.2) & (t <= 0.8), tau, 0.0)
+        k = 1 + tau**2
+        self.alpha_bar = alpha[:-1] ** 2
+        self.from_x = sigma[1:] / sigma[:-1] * np.exp(-(tau**2) * h)
+        self.from_x0 = -alpha[1:] * np.expm1(-k * h)
+        self.from_noise = sigma[1:] * np.sqrt(-np.expm1(-2 * tau**2 * h))
+        self.from_change = alpha[1:] * k * h / 2
+        self.ahead = np.concatenate([[0], h[1:-1] / h[:-2], [0]])
+
+    def step(self, prediction, i, x, noise):
+        """One step: x (B, C, H, W) predicted for timesteps[i] -> x predicted for the next."""
+        eps, _ = split(prediction, x)
+        x0 = last = predict_x0(x, eps, self.alpha_bar[i])
+        if i > 0:
+            first_order, last = self.history[i - 1]
+            x = first_order + self.from_change[i - 1] * (x0 - last)  # corrected
+        first_order = self.from_x[i] * x + self.from_x0[i] * x0
+        if self.from_noise[i] > 0:
+            first_order = first_order + self.from_noise[i] * noise.step(i, x)
+        self.history = {i: (first_order, x0)}  # by its step, so that a walk out of order fails
+        return first_order + self.from_change[i] * self.ahead[i] * (x0 - last)
+
+
+SAMPLERS = {"ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus, "sa-solver": SASolver}
+
+
 def make_sampler(name, steps):
-    """`ddim`, `ddim:ETA` or `ddpm` -> a sampler of T steps. Raises ValueError for another name."""
+    """`ddim`, `ddim:ETA`, `ddpm`, `dpm-solver++` or `sa-solver` -> a sampler of T steps.
+    Raises ValueError for another name."""
     kind, _, eta = name.partition(":")
     try:
         if kind == "ddim":
             return DDIM(steps, float(eta or 0))
     except ValueError as error:
         raise ValueError(f"sampler {name}: {error}") from error
-    if name == "ddpm":
-        return DDPM(steps)
-    raise ValueError(f"unknown sampler {name}: use ddim, ddim:ETA or ddpm")
+    if name in SAMPLERS:
+        return SAMPLERS[name](steps)
+    raise ValueError(
+        f"unknown sampler {name}: use ddim, ddim:ETA, ddpm, dpm-solver++ or sa-solver"
+    )

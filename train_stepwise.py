@@ -98,7 +98,8 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
     for i, t in enumerate(chunks[0].sampler.timesteps):
         error = 0.0
         for chunk, cache in zip(chunks, caches, strict=True):
-            predict = partial(guided, model.network, chunk.x, t, chunk.condition, guidance)
+            predict = partial(guided, model.network, chunk.x, t, chunk.condition, guidance,
+                              channels=chunk.sampler.guidance_channels)
             if i == 0:
                 with torch.no_grad():  # computes everything and fills the cache: no loss
                     prediction = predict(cache.start(i))
@@ -117,7 +118,7 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
         loss = lambda_[i] * error + usage.item()
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss is not finite at step {i} (timestep {t}): the network's predictions "
+                f"the loss is not finite at step {i} (timestep {t:g}): the network's predictions "
                 "overflow; try --dtype float32"
             )
         optimizer.step()  # finds a gradient on row i only
@@ -269,6 +270,7 @@ def save_run(out, model, settings, logits, timesteps, lambda_, results):
     if settings["objective"] == "ltc":
         about["proxy"] = "none"
     routers.save(out / "router.safetensors", logits, **about)
+    timesteps = [f"{t:.5g}" for t in timesteps]  # a solver's are fractional
     picture = routers.heat_map(
         torch.sigmoid(logits), settings["tau"], timesteps, model.network.branches
     )

@@ -31,6 +31,8 @@ SAMPLERS = {
     "ddim": lambda: make_sampler("ddim", T),
     "ddim:0.7": lambda: make_sampler("ddim:0.7", T),
     "ddpm": lambda: make_sampler("ddpm", T),
+    "dpm-solver++": lambda: make_sampler("dpm-solver++", T),
+    "sa-solver": lambda: make_sampler("sa-solver", T),
     "history": lambda: AdamsBashforth(T),
 }
 

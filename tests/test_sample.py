@@ -1,5 +1,6 @@
 """From noise to pictures: guidance, the loop, the pictures, and the whole command in process."""
 
+import copy
 import dataclasses
 import io
 import re
@@ -82,7 +83,27 @@ def test_guided_hands_the_cache_to_the_network():
 # The loop
 
 
-SAMPLERS = ["ddim", "ddim:0.5", "ddpm"]
+SAMPLERS = ["ddim", "ddim:0.5", "ddpm", "dpm-solver++", "sa-solver"]
+
+
+@pytest.mark.parametrize("sampler_name, sampler_channels", [
+    ("ddim", 3), ("ddpm", 3), ("dpm-solver++", 4), ("sa-solver", 4),
+])  # fmt: skip
+@pytest.mark.parametrize("network_channels", [2, 3, 4])
+def test_the_loop_guides_what_network_and_sampler_agree_on(
+    sampler_name, sampler_channels, network_channels
+):
+    network = tiny_dit(in_channels=4)
+    network.guidance_channels = network_channels
+    noise, labels = sample.Noise(0, range(2)), [1, 3]
+    x = noise.start((4, 8, 8))
+    prediction, null = both_predictions(network, x, 999.0, labels)
+    acted_on = min(network_channels, sampler_channels)
+    prediction[:, :acted_on] += 2 * (prediction - null)[:, :acted_on]
+    expected = sample.make_sampler(sampler_name, 5).step(prediction, 0, x, noise)
+    sampler = sample.make_sampler(sampler_name, 5)
+    walk = sample.walk(network, sampler, x, network.condition(labels), 3.0, noise=noise)
+    torch.testing.assert_close(next(walk), expected, rtol=1e-4, atol=1e-4)
 
 
 def run_loop(images, sampler_name, cached, steps=5, seed=3):
@@ -131,16 +152,16 @@ def test_walk_goes_on_from_any_step_bitwise(sampler_name):
     noise = sample.Noise(0, range(2))
     x, condition = noise.start((2, 8, 8)), network.condition([1, 2])
 
-    def states(x, first=0):
-        sampler = sample.make_sampler(sampler_name, steps)
-        return list(sample.walk(network, sampler, x, condition, 1.5, None, noise, first))
+    def states(x, sampler, first=0):
+        for after in sample.walk(network, sampler, x, condition, 1.5, None, noise, first):
+            yield after, copy.copy(sampler)
 
-    whole = states(x)
+    whole = list(states(x, sample.make_sampler(sampler_name, steps)))
     assert len(whole) == steps
     for first in range(1, steps):
-        rest = states(whole[first - 1], first)
+        rest = [x for x, _ in states(*whole[first - 1], first)]
         assert len(rest) == steps - first
-        assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
+        assert all(torch.equal(a, b) for a, (b, _) in zip(rest, whole[first:], strict=True))
 
 
 def test_walk_goes_on_with_a_cache_bitwise():
@@ -548,7 +569,7 @@ def test_labels_are_repeated(run, network, tmp_path):
     assert_same_pictures(images_in(tmp_path / "x.npz"), pictures.to_pixels(expected))
 
 
-@pytest.mark.parametrize("sampler_name", ["ddim:1", "ddpm"])
+@pytest.mark.parametrize("sampler_name", ["ddim:1", "ddpm", "dpm-solver++"])
 def test_sampler_guidance_and_seed(run, network, tmp_path, sampler_name):
     out = run("--schedule", "fora:2", "--sampler", sampler_name, "--guidance", "3", "--seed", "5",
               "--out", "x.npz")
@@ -558,7 +579,7 @@ def test_sampler_guidance_and_seed(run, network, tmp_path, sampler_name):
     assert f"digits, {sampler_name}, T = 4, guidance 3, seed 5" in out
 
 
-@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm", "sa-solver"])
 def test_the_batch_size_does_not_change_the_images(run, tmp_path, sampler_name):
     images = []
     for size in (1, 2, 3, 20):

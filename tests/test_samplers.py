@@ -1,16 +1,22 @@
 import copy
 import math
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SASolverScheduler,
+)
 
 import samplers
-from samplers import DDIM, DDPM, Noise, make_sampler
+from samplers import DDIM, DDPM, DPMSolverPlusPlus, Noise, SASolver, make_sampler
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside diffusers
 
 # ------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -66,6 +72,39 @@ def test_published_ends_of_the_noise_schedule():
     assert pytest.approx(1 - 1e-4) == samplers.ALPHA_BAR[0]
     assert pytest.approx(4.036e-5, rel=1e-3) == samplers.ALPHA_BAR[-1]
     assert samplers.ALPHA_BAR.dtype == np.float64
+
+
+def test_the_time_uniform_grid():
+    """What the official code asks its network, in float64: (t - 1/N) 1000 for t from 1 to 1/N."""
+    for steps in (2, 20, 25, 1000):
+        t = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64)
+        np.testing.assert_allclose(samplers.time_uniform(steps), (t - 1e-3) * 1000, atol=1e-9)
+    for name, steps, ends in (
+        ("dpm-solver++", 20, [999, 949.05, 899.1, 149.85, 99.9, 49.95]),
+        ("sa-solver", 25, [999, 959.04, 919.08, 119.88, 79.92, 39.96]),
+    ):
+        timesteps = make_sampler(name, steps).timesteps
+        assert len(timesteps) == steps
+        assert timesteps[:3] + timesteps[-3:] == pytest.approx(ends, abs=1e-9)
+
+
+LOG_ALPHA_BAR = official_alpha_bar(1000).log()
+
+
+def log_alpha_bar(grid):
+    """The logarithm of alpha_bar at fractional timesteps, on a straight line between whole ones."""
+    grid = torch.as_tensor(grid, dtype=torch.float64)
+    below, above = grid.floor().long(), grid.ceil().long()
+    return LOG_ALPHA_BAR[below] + (grid - below) * (LOG_ALPHA_BAR[above] - LOG_ALPHA_BAR[below])
+
+
+def test_noise_levels_between_timesteps():
+    grid = [999, 949.05, 500.5, 39.96, 0.25, 0]
+    alpha, sigma, lambda_ = samplers.noise_levels(grid)
+    expected = log_alpha_bar(grid).exp().numpy()
+    np.testing.assert_allclose(alpha**2, expected, rtol=1e-12)
+    np.testing.assert_allclose(sigma**2, 1 - expected, rtol=1e-11)
+    np.testing.assert_allclose(np.exp(2 * lambda_), expected / (1 - expected), rtol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,6 +190,154 @@ def test_ddpm_step_is_bayes_rule(seed):
 
 
 # ------------------------------------------------------------------------------------------------
+# The solvers with history, against diffusers. It rounds the timesteps of the official grid, and
+# asks SA-Solver's tau for the timestep that a step starts from, where the official code asks for
+# the one that it leads to: `tau_func` is made to answer for the latter.
+
+
+class Draws:
+    """All that `Stream` will draw, by the step: diffusers draws at every step, used or not."""
+
+    def __init__(self, seed, shape, steps):
+        stream = Stream(seed)
+        x = torch.zeros(shape, dtype=torch.float64)
+        self.draws, self.used = [stream.step(i, x) for i in range(steps)], []
+
+    def step(self, i, x):
+        self.used.append(i)
+        return self.draws[i]
+
+
+def other_solver(kind, steps, grid=None, **settings):
+    """One of diffusers', on its own rounded grid or on another. -> scheduler, grid.
+    Its noise levels are float32; the exact ones are put in."""
+    scheduler = kind(**settings)
+    scheduler.set_timesteps(steps)
+    grid = [*scheduler.timesteps.tolist(), 0] if grid is None else list(grid)
+    log = log_alpha_bar(grid)
+    exact = (-torch.expm1(log) / log.exp()).sqrt()
+    torch.testing.assert_close(scheduler.sigmas.double(), exact, rtol=0.02, atol=0)
+    scheduler.sigmas = exact
+    scheduler.timesteps = torch.tensor(grid[:-1], dtype=torch.float64)
+    return scheduler, grid
+
+
+def other_dpm_solver(steps, grid=None):
+    return other_solver(
+        DPMSolverMultistepScheduler, steps, grid, algorithm_type="dpmsolver++", solver_order=2,
+        solver_type="midpoint", final_sigmas_type="sigma_min", lower_order_final=steps < 10,
+    )
+
+
+def other_sa_solver(steps, grid=None, tau=1):
+    """With PixArt's tau: 1, or another number, in steps to a time from 0.2 to 0.8."""
+    by_start = {}
+    scheduler, grid = other_solver(SASolverScheduler, steps, grid, tau_func=by_start.__getitem__)
+    for before, after in pairwise(grid):
+        by_start[before] = tau if 0.2 <= (after + 1) / 1000 <= 0.8 else 0
+    return scheduler, grid
+
+
+def bounded_prediction(x, t):
+    """The noise in x if x_0 is something from -1 to 1 that depends on all of x and t."""
+    log = log_alpha_bar(t)
+    return (x - (0.5 * log).exp() * prediction(x, t, 3)) / (-torch.expm1(log)).sqrt()
+
+
+def walks(sampler, scheduler, seed, steps):
+    """Both, each with its own timesteps on its own x: -> ours, theirs."""
+    x = other = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)).double()
+    noise = Draws(seed, x.shape, steps)
+    generator = torch.Generator().manual_seed(seed)
+    keywords = {"generator": generator} if isinstance(scheduler, SASolverScheduler) else {}
+    for i, (t, t_other) in enumerate(
+        zip(sampler.timesteps, scheduler.timesteps.tolist(), strict=True)
+    ):
+        said = bounded_prediction(x, t)
+        junk = torch.full_like(said, 1e9)  # variance and null label, which these solvers drop
+        said = torch.cat([torch.cat([said, junk]), torch.cat([junk, junk])], dim=1)
+        x = sampler.step(said, i, x, noise)
+        said = bounded_prediction(other, t_other)
+        other = scheduler.step(said, t_other, other, **keywords).prev_sample
+    assert i == steps - 1 and x.abs().max() > 0.1
+    return x, other
+
+
+@SEEDS
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("steps", [2, 9, 10, 20])
+def test_dpm_solver_equals_diffusers(seed, steps, fractional):
+    scheduler, grid = other_dpm_solver(steps, samplers.time_uniform(steps) if fractional else None)
+    sampler = DPMSolverPlusPlus(steps, lambda _: np.array(grid))
+    x, other = walks(sampler, scheduler, seed, steps)
+    torch.testing.assert_close(x, other, rtol=1e-5, atol=1e-5)  # diffusers' x is float32
+
+
+@SEEDS
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("steps", [2, 5, 25])
+def test_sa_solver_equals_diffusers(seed, steps, fractional):
+    scheduler, grid = other_sa_solver(steps, samplers.time_uniform(steps) if fractional else None)
+    sampler = SASolver(steps, grid=lambda _: np.array(grid))
+    x, other = walks(sampler, scheduler, seed, steps)
+    torch.testing.assert_close(x, other, rtol=1e-9, atol=1e-9)
+
+
+@SEEDS
+def test_the_official_grid_is_close_to_the_rounded_one(seed):
+    """Without noise. With it, the same z on two grids leaves a difference of some per cent."""
+    for steps, sampler, (scheduler, _) in (
+        (20, DPMSolverPlusPlus(20), other_dpm_solver(20)),
+        (25, SASolver(25, tau=0), other_sa_solver(25, tau=0)),
+    ):
+        x, other = walks(sampler, scheduler, seed, steps)
+        assert 1e-6 < (x - other).norm() / other.norm() < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------
+# The solvers with history, one step at a time
+
+
+@pytest.mark.parametrize("steps", [2, 9, 10, 20])
+def test_dpm_solver_is_of_first_order_at_its_first_step_and_below_10_at_its_last(steps):
+    """First order is DDIM's step, and does not depend on what the network said before."""
+    x, eps, other = torch.randn(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    log = 0.5 * log_alpha_bar(samplers.time_uniform(steps))
+    alpha, sigma = log.exp(), (-torch.expm1(2 * log)).sqrt()
+    for i in range(steps):
+        ddim = alpha[i + 1] * (x - sigma[i] * eps) / alpha[i] + sigma[i + 1] * eps
+        for before in (eps, other):
+            sampler = DPMSolverPlusPlus(steps)
+            for j in range(i):
+                sampler.step(before, j, x)
+            first_order = i == 0 or (i == steps - 1 and steps < 10)
+            assert torch.allclose(sampler.step(eps, i, x), ddim, rtol=1e-9) == first_order
+
+
+@pytest.mark.parametrize("steps, noisy_steps", [
+    (2, [0]), (5, [1, 2, 3]), (20, range(4, 16)), (25, range(5, 20)),
+])  # fmt: skip
+def test_sa_solver_draws_noise_in_steps_to_t_from_0_2_to_0_8(steps, noisy_steps):
+    sampler, x = SASolver(steps), torch.ones(1, 1, 2, 2).double()
+    noise, silent = Draws(0, x.shape, steps), Draws(0, x.shape, steps)
+    silent.draws = [torch.zeros_like(x)] * steps
+    for i in range(steps):
+        quiet = copy.copy(sampler).step(x, i, x, silent)
+        after = sampler.step(x, i, x, noise)
+        assert torch.equal(after, quiet) == (i not in noisy_steps)
+    assert noise.used == silent.used == list(noisy_steps) and i not in noisy_steps
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
+def test_steps_out_of_order_fail(name):
+    x, noise = torch.zeros(1, 1, 2, 2), Noise(0, [0])
+    sampler = make_sampler(name, 5)
+    sampler.step(x, 0, x, noise)
+    with pytest.raises(KeyError):
+        sampler.step(x, 2, x, noise)
+
+
+# ------------------------------------------------------------------------------------------------
 # The solvers, against the closed form for Gaussian data
 #
 # If x_0 ~ N(mu, s^2), then x ~ N(sqrt(a) mu, V), V = a s^2 + 1 - a (a is alpha_bar), and the best
@@ -232,6 +419,92 @@ def test_ddpm_with_the_exact_mean_and_variance_makes_gaussian_data_in_few_steps(
         assert abs(x.std() - deviation) < 4 * deviation / math.sqrt(2 * x.numel())
 
 
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("q", [-1.0, 2.0])
+def test_sa_solver_on_gaussian_data_has_the_mean_and_variance_of_the_closed_form(tau, q):
+    """20,480 numbers, all from the quantile q. Measured in deviations from the mean, they stand
+    still without noise; with it they are an Ornstein-Uhlenbeck process that falls by
+
+        d log rho = -tau^2 sigma^2 / V d lambda,  which is  tau^2 d log(sqrt(V) / alpha),
+
+    so that the result is N(mu + q rho s, (1 - rho^2) s^2) at timestep 0."""
+    sampler, noise = SASolver(25, tau), Noise(5, range(20))
+    mean, deviation = marginal(sampler.alpha_bar[0])
+    x = torch.full((20, 1, 32, 32), mean + q * deviation, dtype=torch.float64)
+    for i, a in enumerate(sampler.alpha_bar):
+        x = sampler.step(best_prediction(x, a), i, x, noise)
+
+    grid = samplers.time_uniform(25)  # noise from the step to t = 0.76 to that to t = 0.20
+    first, last = (log_alpha_bar(grid[i]).exp().item() for i in (5, 20))
+    rho = (marginal(last)[1] / math.sqrt(last) / marginal(first)[1] * math.sqrt(first)) ** tau**2
+    mean, deviation = marginal(samplers.ALPHA_BAR[0])
+    expected = deviation * math.sqrt(1 - rho**2)
+    assert abs(x.mean() - (mean + q * rho * deviation)) < 4 * expected / math.sqrt(x.numel())
+    assert abs(x.std() - expected) < 4 * expected / math.sqrt(2 * x.numel()) + 0.002  # 25 steps
+
+
+# ------------------------------------------------------------------------------------------------
+# The order of convergence, with the exact score of a mixture of two Gaussians. On a line the flow
+# keeps a number's quantile, so its end is known.
+
+WEIGHTS, MEANS = torch.tensor([0.3, 0.7]).double(), torch.tensor([-1.0, 0.8]).double()
+
+
+def mixture_prediction(x, a):
+    """The best prediction of the noise: the two Gaussians', by how likely each is at x."""
+    V = a * 0.4**2 + 1 - a
+    distance = x[..., None] - math.sqrt(a) * MEANS
+    share = torch.softmax(WEIGHTS.log() - distance**2 / (2 * V), dim=-1)
+    return math.sqrt(1 - a) * (share * distance).sum(-1) / V
+
+
+def mixture_quantile(q, a):
+    """The x below which is the share q of all x, by bisection."""
+    deviation = math.sqrt(a * 0.4**2 + 1 - a)
+    low, high = torch.full_like(q, -10), torch.full_like(q, 10)
+    for _ in range(60):
+        x = (low + high) / 2
+        z = (x[..., None] - math.sqrt(a) * MEANS) / deviation
+        below = (WEIGHTS * torch.special.ndtr(z)).sum(-1) < q
+        low, high = torch.where(below, x, low), torch.where(below, high, x)
+    return x
+
+
+def flow_error(sampler, end):
+    """The largest error of nine numbers that the sampler takes down to alpha_bar = `end`."""
+    q = torch.linspace(0.02, 0.98, 9).double().view(1, 1, 3, 3)
+    x = mixture_quantile(q, samplers.ALPHA_BAR[-1])
+    for i, a in enumerate(sampler.alpha_bar):
+        x = sampler.step(mixture_prediction(x, a), i, x, None)
+    return (x - mixture_quantile(q, end)).abs().max().item()
+
+
+def uniform_in_lambda(steps):
+    """Timesteps from 999 to 0 with equal h."""
+    fine = np.linspace(0, 999, 100_000)
+    lambda_ = samplers.noise_levels(fine)[2]
+    return np.interp(np.linspace(lambda_[-1], lambda_[0], steps + 1), lambda_[::-1], fine[::-1])
+
+
+@pytest.mark.parametrize("make, order", [
+    (DDIM, 1),
+    (DPMSolverPlusPlus, 2),
+    (lambda steps: DPMSolverPlusPlus(steps, uniform_in_lambda), 2),
+    (lambda steps: SASolver(steps, 0, uniform_in_lambda), 2),
+], ids=["ddim", "dpm-solver++", "dpm-solver++ in lambda", "sa-solver in lambda"])  # fmt: skip
+def test_order_of_convergence(make, order):
+    end = 1 - 1e-12 if order == 1 else samplers.ALPHA_BAR[0]
+    error = [flow_error(make(steps), end) for steps in (100, 200, 400)]
+    for coarse, fine in pairwise(error):
+        assert abs(math.log2(coarse / fine) - order) < 0.2
+    assert error[-1] < (1e-2 if order == 1 else 1e-3)
+
+
+def test_sa_solver_without_noise_on_its_own_grid_is_of_second_order_or_better():
+    coarse, fine = (flow_error(SASolver(n, 0), samplers.ALPHA_BAR[0]) for n in (100, 400))
+    assert fine < coarse / 16
+
+
 # ------------------------------------------------------------------------------------------------
 # Noise
 
@@ -300,7 +573,10 @@ def test_labels_are_uniform_and_reproducible(seed):
 # The sampler as an object
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddim:0.5", "ddpm"])
+NAMES = pytest.mark.parametrize("name", ["ddim", "ddim:0.5", "ddpm", "dpm-solver++", "sa-solver"])
+
+
+@NAMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_step_keeps_shape_and_dtype_of_x_and_leaves_x_alone(name, dtype):
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -312,9 +588,9 @@ def test_a_step_keeps_shape_and_dtype_of_x_and_leaves_x_alone(name, dtype):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddim:0.5", "ddpm"])
+@NAMES
 def test_a_copy_is_a_snapshot(name):
-    """Walks on from a copy made at step 4, after the original went on along another path."""
+    """Walks on from a copy made at any step, while the original goes on along another path."""
     noise = Noise(0, range(2))
 
     def walk(sampler, x, first, last=12):
@@ -324,15 +600,19 @@ def test_a_copy_is_a_snapshot(name):
 
     sampler, start = make_sampler(name, 12), noise.start((3, 4, 4))
     expected = walk(make_sampler(name, 12), start, 0)
-    x = walk(sampler, start, 0, 4)
-    twin = copy.copy(sampler)
-    walk(sampler, -x, 4)
-    assert torch.equal(walk(twin, x, 4), expected)
-    assert torch.equal(walk(sampler, start, 0), expected)  # step 0 starts afresh
+    for first in range(1, 12):
+        x = walk(sampler, start, 0, first)  # step 0 starts afresh
+        twin, other = copy.copy(sampler), -x
+        for i in range(first, 12):
+            x, other = walk(twin, x, i, i + 1), walk(sampler, other, i, i + 1)
+        assert torch.equal(x, expected) and not torch.equal(other, expected)
 
 
 def test_names():
-    assert isinstance(make_sampler("ddpm", 7), DDPM)
+    kinds = {"ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus, "sa-solver": SASolver}
+    for name, kind in kinds.items():
+        sampler = make_sampler(name, 7)
+        assert isinstance(sampler, kind) and len(sampler.timesteps) == 7
     for name, eta in (("ddim", 0), ("ddim:0.25", 0.25), ("ddim:1", 1)):
         sampler = make_sampler(name, 7)
         assert isinstance(sampler, DDIM) and len(sampler.timesteps) == 7
@@ -341,7 +621,7 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", ["", "DDIM", "dpm", "ddpm:1", "ddim:x", "ddim:2", "ddim:-1",
-                                  "ddim:nan", "ddim:0.5:1"])  # fmt: skip
+                                  "ddim:nan", "ddim:0.5:1", "dpm-solver", "sa-solver:1"])
 def test_another_name_raises(name):
     with pytest.raises(ValueError, match=f"sampler {name}"):
         make_sampler(name, 10)
@@ -349,7 +629,7 @@ def test_another_name_raises(name):
 
 @pytest.mark.parametrize("steps", [-1, 0, 1, 1001])
 def test_steps_out_of_range_raise(steps):
-    for make in (DDIM, DDPM, lambda steps: make_sampler("ddim", steps)):
+    for make in (DDIM, DDPM, DPMSolverPlusPlus, SASolver, lambda T: make_sampler("ddim", T)):
         with pytest.raises(ValueError, match=f"2 to 1000, not {steps}"):
             make(steps)
 

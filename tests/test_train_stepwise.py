@@ -22,6 +22,7 @@ import command
 import dit
 import models
 import router as routers
+import sample
 import samplers
 import train_stepwise
 from samplers import DDIM, Noise, make_sampler
@@ -36,7 +37,7 @@ def tiny_model(seed=0):
     return models.Model("tiny", tiny_dit(seed), "ddim", steps=4, guidance=SCALE)
 
 
-def double_case(seed, T=4, images=range(3)):
+def double_case(seed, T=4, images=range(3), sampler="ddim"):
     """Everything that a trajectory needs, in float64: model, router, make_chunks. The router has
     logits on both sides of tau, some of them near the limits."""
     model = tiny_model(seed)
@@ -48,7 +49,7 @@ def double_case(seed, T=4, images=range(3)):
             row[:2] = torch.tensor([4.95, -4.95])
 
     def make_chunks(images=images):
-        chunks = train_stepwise.chunks_of(model, make_sampler("ddim", T), seed, images, 99, 1)
+        chunks = train_stepwise.chunks_of(model, make_sampler(sampler, T), seed, images, 99, 1)
         chunks[0].x = chunks[0].x.double()
         return chunks
 
@@ -100,11 +101,11 @@ def test_gradients_against_finite_differences(seed):
             assert gradients[i - 1][i - 1][k].item() == pytest.approx(expected, rel=1e-5, abs=1e-10)
 
 
-def restated(model, table, lambda_, seed, numbers, beta, optimizers):
+def restated(model, table, lambda_, seed, numbers, beta, optimizers, sampler_name):
     """One trajectory of the method, image by image and half by half; moves the rows of `table`, a
     list of T tensors (K,), by an optimiser of their own. -> losses and mean squared errors."""
     network, T = model.network, len(table)
-    C, sampler = network.in_channels, DDIM(T)
+    C, solvers = network.in_channels, [make_sampler(sampler_name, T) for _ in numbers]
 
     def predict(x, t, label, mixers):
         """With and without the label, guided in the noise and not in the variance."""
@@ -133,7 +134,7 @@ def restated(model, table, lambda_, seed, numbers, beta, optimizers):
     labels = [noise.labels(network.num_classes).item() for noise in noises]
     kept = [({}, {}) for _ in numbers]
     losses, errors = [0.0], [0.0]
-    for i, t in enumerate(sampler.timesteps):
+    for i, t in enumerate(solvers[0].timesteps):
         error = 0
         for j in range(len(numbers)):
             with torch.no_grad():
@@ -141,7 +142,7 @@ def restated(model, table, lambda_, seed, numbers, beta, optimizers):
             student = predict(x[j], t, labels[j], [mixer(half, i) for half in kept[j]])
             for half in (0, 1):
                 error = error + ((student[half] - target[half]) ** 2).mean() / 2 / len(numbers)
-            x[j] = sampler.step(student[0].detach(), i, x[j])
+            x[j] = solvers[j].step(student[0].detach(), i, x[j], noises[j])
         if i > 0:
             loss = lambda_[i] * error + beta * (1 / (1 + torch.exp(-table[i]))).sum()
             table[i].grad = torch.autograd.grad(loss, table[i])[0]
@@ -153,9 +154,11 @@ def restated(model, table, lambda_, seed, numbers, beta, optimizers):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("objective", ("iepo", "ltc"))
-def test_trajectories_against_the_restatement(objective, seed):
-    model, router, make_chunks = double_case(seed)
+@pytest.mark.parametrize("objective, sampler", (
+    ("iepo", "ddim"), ("ltc", "ddim"), ("iepo", "dpm-solver++"), ("iepo", "sa-solver"),
+))  # fmt: skip
+def test_trajectories_against_the_restatement(objective, sampler, seed):
+    model, router, make_chunks = double_case(seed, sampler=sampler)
     table = [row.clone().requires_grad_() for row in router.logits()]
     own = [torch.optim.AdamW([row], 0.3, weight_decay=0) for row in table]
     optimizer = torch.optim.AdamW(router.parameters(), 0.3, weight_decay=0)
@@ -166,7 +169,7 @@ def test_trajectories_against_the_restatement(objective, seed):
         losses, errors = train_stepwise.train_trajectory(
             model, router, optimizer, make_chunks(numbers), lambda_, SCALE, TAU, beta
         )
-        expected = restated(model, table, lambda_, seed, numbers, beta, own)
+        expected = restated(model, table, lambda_, seed, numbers, beta, own, sampler)
         assert losses == pytest.approx(expected[0], rel=1e-8)
         assert errors == pytest.approx(expected[1], rel=1e-8)
         assert torch.allclose(router.logits(), torch.stack(table), rtol=0, atol=1e-8)
@@ -313,10 +316,10 @@ def test_a_run_is_its_trajectories(tiny_run):
     assert torch.equal(router.logits(), logits_of(tiny_run))
 
 
-@pytest.mark.parametrize("micro_batch", (3, 4))
-def test_micro_batches_give_the_same(tmp_path, micro_batch):
+@pytest.mark.parametrize("micro_batch, sampler", ((3, "ddim"), (4, "ddim"), (3, "sa-solver")))
+def test_micro_batches_give_the_same(tmp_path, micro_batch, sampler):
     for name, size in (("whole", 8), ("split", micro_batch)):
-        settings = tiny_settings(batch_size=8, micro_batch=size, iterations=12)
+        settings = tiny_settings(batch_size=8, micro_batch=size, iterations=12, sampler=sampler)
         train_stepwise.train(tiny_model(), settings, tmp_path / name)
     assert torch.allclose(
         logits_of(tmp_path / "whole"), logits_of(tmp_path / "split"), rtol=0, atol=1e-6
@@ -392,6 +395,44 @@ def test_killed_between_log_and_state_repeats_no_line(tmp_path, monkeypatch, tin
     monkeypatch.undo()
     train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
     assert_same_run(out, tiny_run)
+
+
+@pytest.mark.parametrize("sampler", ("ddpm", "dpm-solver++", "sa-solver"))
+def test_every_sampler_trains_and_resumes(tmp_path, monkeypatch, sampler, tiny_run):
+    settings, save, guided = tiny_settings(sampler=sampler), command.save_state, sample.guided
+    seen = set()
+
+    def dies_in_the_third(path, state):
+        save(path, state)
+        if state["trajectories"] == 3:
+            raise Killed
+
+    def noting(*args, channels):
+        seen.add(channels)
+        return guided(*args, channels=channels)
+
+    train_stepwise.train(tiny_model(), settings, tmp_path / "whole")
+    monkeypatch.setattr(train_stepwise, "guided", noting)
+    monkeypatch.setattr(command, "save_state", dies_in_the_third)
+    with pytest.raises(Killed):
+        train_stepwise.train(tiny_model(), settings, tmp_path / "run")
+    monkeypatch.undo()
+    train_stepwise.train(tiny_model(), settings, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not torch.equal(logits_of(tmp_path / "run"), logits_of(tiny_run))
+    assert seen == {make_sampler(sampler, 4).guidance_channels}
+
+
+def test_fractional_timesteps_are_named_in_short(tmp_path, monkeypatch):
+    names, heat_map = [], routers.heat_map
+
+    def noting(scores, tau, timesteps, branches):
+        names.extend(map(str, timesteps))
+        return heat_map(scores, tau, timesteps, branches)
+
+    monkeypatch.setattr(routers, "heat_map", noting)
+    train_stepwise.train(tiny_model(), tiny_settings(sampler="sa-solver"), tmp_path / "run")
+    assert names == ["999", "749.25", "499.5", "249.75"]
 
 
 @pytest.mark.parametrize("change", (dict(seed=1), dict(objective="ltc"), dict(sampler="ddpm"),
