@@ -250,7 +250,10 @@ class Autoencoder(nn.Module):
 
         Beyond the images themselves, memory grows neither with their number nor with their size:
         `slice_size` of them are decoded at a time, and those of 1024 pixels and more in overlapping
-        tiles. Slices change nothing. Tiles do, as norms and attention see only their tile: TODO.
+        tiles. Slices change nothing. Tiles do, as norms and attention see only their own tile: with
+        random weights and 2 x 2 tiles an image is off by 7 % of its norm if the latents are noise,
+        by 21 % if its left and right are very unlike, but shows no seam; without an overlap it is
+        33 and 47 %, with one (tests/test_vae.py). If there is memory, `tile=max(H, W)` is exact.
 
         `tile` is the side of a tile at most, in latents: by default 80 if a side of the image is
         128 or more, else the whole image. Tiles overlap by at least `overlap` latents.
