@@ -5,6 +5,7 @@ whether it has the official names or those of the library diffusers.
     network.load_state_dict(checkpoint.fitted(state, network, "DiT-XL-2-256x256.pt"))
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -25,7 +26,10 @@ def read(path):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file makes the unpickler fail in many ways
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is not a whole checkpoint, or holds objects that only running "
+                         "code could read: use a .safetensors file") from error
+    except Exception as error:  # a damaged file fails in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
     for key in ("ema", "state_dict"):

@@ -19,14 +19,13 @@ Letters: B images, C channels, H and W sides in latents or, times 8, in pixels, 
 """
 
 import math
-import pickle
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
+
+import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Layers
@@ -340,31 +339,6 @@ def our_name(key, levels):
     return key
 
 
-def read_state(path):
-    """The state dict in a file, bare or under `state_dict`, without unpickling code.
-    Raises FileNotFoundError, or ValueError if there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged, or holds objects that only running code could read: "
-            "use the .safetensors file"
-        ) from error
-    except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict, neither bare nor under `state_dict`")
-    return {str(key): value for key, value in state.items()}
-
-
 def read_weights(path, network):
     """Reads a checkpoint for `network`, `.safetensors` or torch's own format, in any layout that
     `our_name` knows. -> a state dict with exactly the network's keys and shapes.
@@ -373,7 +347,7 @@ def read_weights(path, network):
     (`loss.`, `model_ema.`) is passed over. Raises FileNotFoundError, or ValueError with the keys
     that are missing, unexpected, there twice or misshapen (the first five of them).
     """
-    state, part = read_state(path), "first_stage_model."
+    state, part = checkpoint.read(path), "first_stage_model."
     state = {key.removeprefix(part): state[key] for key in state if key.startswith(part)} or state
     expected, weights, problems = network.state_dict(), {}, []
     for key, value in state.items():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import re
 import sys
@@ -17,8 +18,11 @@ import command
 import dit
 import models
 import pictures
+import pixart
 import router
 import sample
+import shipped
+import vae
 from cache import Cache, SoftCache
 
 from .small import tiny_dit
@@ -656,6 +660,85 @@ def test_random_labels_are_seeded_and_each_images_own():
     assert labels[:7] == sample.choose_labels("random", 10, 7, seed=3)
     assert labels != sample.choose_labels("random", 10, 400, seed=4)
     assert min(labels.count(label) for label in range(10)) > 15
+
+
+# ------------------------------------------------------------------------------------------------
+# Text to image
+
+
+@pytest.fixture(scope="module")
+def emoji_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    network = pixart.PixArt(**pixart.SIZES["emoji"])
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("emoji") / "emoji.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def draw(run, emoji_weights):
+    """`sample.py --model emoji`, by DDIM in 2 steps (the solvers have tests of their own)."""
+    def draw(*flags):
+        return run("--model", "emoji", "--weights", emoji_weights, "--steps", 2, "--sampler",
+                   "ddim", "--schedule", "none", *flags)
+
+    return draw
+
+
+def test_prompts_are_drawn_in_turn(draw, tmp_path):
+    draw("--prompt", "red apple", "--prompt", "", "--out", "x.npz")  # three images of two prompts
+    images = images_in(tmp_path / "x.npz")
+    assert images.shape == (3, 32, 32, 3)
+    (tmp_path / "prompts.txt").write_text("red apple\n\nred apple\n")
+    draw("--prompts", "prompts.txt", "--out", "y.npz", "--batch-size", 3)
+    assert (images_in(tmp_path / "y.npz") == images).mean() > 0.999
+    draw("--prompt", "dog", "--out", "z.npz")
+    assert not np.array_equal(images_in(tmp_path / "z.npz")[0], images[0])
+
+
+def test_without_prompts_it_draws_captions_that_nobody_chose(draw, tmp_path):
+    draw("--out", "x")
+    captions = (tmp_path / "x" / "items.txt").read_text().splitlines()
+    assert captions == shipped.emoji_prompts()[:3]
+    with pytest.raises(SystemExit):  # the same folder, other prompts
+        draw("--out", "x", "--prompt", "dog")
+
+
+def test_pictures_of_another_height(draw, tmp_path):
+    draw("--height", 48, "--out", "x.npz")
+    assert images_in(tmp_path / "x.npz").shape == (3, 48, 32, 3)
+    with pytest.raises(SystemExit):
+        draw("--width", 30)
+
+
+def test_a_grid_with_titles(draw, tmp_path):
+    draw("--prompt", "red apple")
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (3 * 33 * 4, 33 * 4 + 34)
+        bar = np.asarray(picture)[33 * 4 :]
+    assert (bar < 100).any() and (bar[:, 2 * 132 :] < 100).any()
+
+
+def test_latents_become_pictures_with_an_autoencoder(run, tmp_path, monkeypatch):
+    """The command's pixels are those of the autoencoder, asked for latents / scale."""
+    monkeypatch.setitem(dit.SIZES, "XL/2", dict(hidden_size=32, depth=1, num_heads=2, patch_size=8))
+    network = tiny_dit(**dit.SIZES["XL/2"], input_size=32, in_channels=4, num_classes=1000)
+    save_file(network.state_dict(), tmp_path / "tiny.safetensors")
+    make = vae.Autoencoder
+    small = functools.partial(make, channels=32, multipliers=(1, 1, 1, 1), res_blocks=1)
+    monkeypatch.setattr(vae, "Autoencoder", small)
+    torch.manual_seed(0)
+    autoencoder = small().requires_grad_(False)
+    save_file(autoencoder.state_dict(), tmp_path / "vae.safetensors")
+    flags = ["--model", "dit256", "--weights", "tiny.safetensors", "--schedule", "none"]
+    run(*flags, "--latents")
+    run(*flags, "--vae", "vae.safetensors", "--out", "x.npz")
+    with np.load("latents.npz") as data:
+        latents = torch.from_numpy(data["latents"])
+    expected = pictures.to_pixels(autoencoder.decode(latents / 0.18215))
+    assert_same_pictures(images_in(tmp_path / "x.npz"), expected)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -34,3 +34,22 @@ def test_folds_hold_out_disjoint_hundreds_of_each_class():
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="unknown part test: use all, train, held-out"):
         shipped.digits("test")
+
+
+def test_emoji_are_those_that_the_model_knows():
+    images, captions = shipped.emoji()
+    assert images.shape == (1026, 3, 32, 32) and len(captions) == 1026
+    every, every_caption = shipped.emoji(every=True)
+    assert every.shape == (1911, 3, 32, 32) and every_caption[:1026] == captions
+    assert torch.equal(every[:1026], images)
+    assert "red apple" in captions and "flag: japan" not in captions
+    assert sorted(shipped.emoji_prompts()) == sorted(captions) != shipped.emoji_prompts()
+
+
+def test_prompts_from_a_file(tmp_path):
+    assert len(shipped.read_prompts()) >= 100
+    (tmp_path / "a.txt").write_text("a dog\n\nein \u00c4ffchen\n", encoding="utf-8")
+    assert shipped.read_prompts(tmp_path / "a.txt") == ["a dog", "", "ein \u00c4ffchen"]
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts: write one a line"):
+        shipped.read_prompts(tmp_path / "a.txt")

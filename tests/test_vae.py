@@ -463,7 +463,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     path, trace = tmp_path / "w.ckpt", tmp_path / "trace"
     torch.save({"state_dict": tiny().state_dict(), "callbacks": Code(trace)}, path)
-    with pytest.raises(ValueError, match="only running code could read: use the .safetensors"):
+    with pytest.raises(ValueError, match="only running code could read: use a .safetensors"):
         vae.read_weights(path, tiny())
     assert not trace.exists()
     with contextlib.suppress(Exception):  # the trap works: a reader that trusts it does run it
