@@ -1,10 +1,11 @@
 """Time and memory, measured side by side on the CPU: what the cache costs beyond the branches that
 it skips, and what an iteration of training costs beside the same one in the official code's way.
 
-    python -m experiments.benchmark                      # all, about 12 minutes on 2 idle cores
+    python -m experiments.benchmark                      # all, about 15 minutes on 2 idle cores
     python -m experiments.benchmark --only digits --repeats 9
 
 cache     the denoising loop at DiT-XL's width: cached / (uncached - skipped branches), bar 1.05
+pixart    the same at the dimensions of PixArt-256, three branches a block
 digits    the same for the digits network, whose branches are so short that all else shows, bar 1.15
 training  one iteration at DiT-S/2: ours / official, bars 0.6 for time and 0.4 for activations
 memory    a formula for the bytes of training, held against a measurement, then used for DiT-XL/2
@@ -13,7 +14,7 @@ What is compared is measured in turn, round by round, in one process; ratios are
 round, and the figures are medians over the rounds. Weights are random: only their shapes matter.
 
 Letters: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
-K = 2 L branches.
+K branches: 2 L, for PixArt 3 L.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 import command
 import dit
 import models
+import pixart
 import router as routers
 import train_stepwise
 from cache import Cache, SoftCache
@@ -38,11 +40,20 @@ SEED, GUIDANCE, TAU, BETA = 0, 1.5, 0.1, 4e-8
 # Measuring
 
 
-def random_model(sizes):
-    """A frozen DiT with random weights, none of whose gates is zero, as a model for sampling."""
+def random_model(sizes, kind=dit.DiT):
+    """A frozen network with random weights, none of whose gates is zero, as a model to sample."""
     torch.manual_seed(SEED)
-    network = dit.DiT(**sizes).eval().requires_grad_(False)
+    network = kind(**sizes).eval().requires_grad_(False)
     return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
+
+
+def random_condition(network, images):
+    """A condition for `images`, twice as many rows: labels, or captions of 20 tokens."""
+    if isinstance(network, dit.DiT):
+        return network.condition(Noise(SEED, range(images)).labels(network.num_classes))
+    captions = torch.randn(images, network.model_max_length, network.caption_channels)
+    mask = torch.arange(network.model_max_length).expand(images, -1) < 20
+    return network.condition(captions, mask)
 
 
 def in_turn(measures, repeats):
@@ -85,12 +96,14 @@ class BranchTimer:
         return output
 
 
-def example_schedules(T, K):
+def example_schedules(T, branches):
     """{name: schedule (T, K)}: reuse of one kind of branch, of a random mixture, of whole steps."""
-    attention, mlp = routers.none(T, K), routers.none(T, K)
-    attention[1::2, 0::2] = False
-    mlp[1::2, 1::2] = False
-    schedules = {"attention, every 2nd step": attention, "MLP, every 2nd step": mlp}
+    K, schedules = len(branches), {}
+    kinds = dict.fromkeys(name.split()[0] for name in branches)
+    for kind in kinds:
+        schedule = routers.none(T, K)
+        schedule[1::2, [name.startswith(kind) for name in branches]] = False
+        schedules[f"{kind}, every 2nd step"] = schedule
     for name in ("random:0.4", "fora:2"):
         schedules[name] = routers.named(name, T, K, SEED)
     return schedules
@@ -105,14 +118,12 @@ def speed_by_arithmetic(network, schedule):
     return full / left
 
 
-def benchmark_cache(title, sizes, steps, images, repeats, bar):
+def benchmark_cache(title, model, steps, images, repeats, bar):
     """Measures the denoising loop without a cache, with timed branches, and under each schedule."""
-    model = random_model(sizes)
     network, sampler = model.network, DDIM(steps)
     K = len(network.branches)
-    noise = Noise(SEED, range(images))
-    x = noise.start(model.shape)
-    condition = network.condition(noise.labels(network.num_classes))
+    x = Noise(SEED, range(images)).start(model.shape)
+    condition = random_condition(network, images)
 
     def timed(make_cache):
         def measure():
@@ -123,17 +134,18 @@ def benchmark_cache(title, sizes, steps, images, repeats, bar):
 
         return measure
 
-    schedules = example_schedules(steps, K)
+    schedules = example_schedules(steps, network.branches)
     measures = {"plain": timed(lambda: None), "timer": timed(lambda: BranchTimer(steps, K))}
     for name, schedule in schedules.items():
         measures[name] = timed(lambda schedule=schedule: Cache(schedule))
     results = in_turn(measures, repeats)
 
     plain = [seconds for seconds, _ in results["plain"]]
-    N, D = network.pos_embed.shape[1:]
+    N = (network.input_size // network.patch_size) ** 2
+    D = network.final_layer.linear.in_features
     timer = median_ratio([seconds for seconds, _ in results["timer"]], plain)
-    print(f"\n{title}: D = {D}, {K // 2} blocks, {N} tokens, T = {steps}, {images} images, "
-          f"{repeats} rounds\n"
+    print(f"\n{title}: D = {D}, {len(network.blocks)} blocks, {N} tokens, T = {steps}, "
+          f"{images} images, {repeats} rounds\n"
           f"uncached {statistics.median(plain):.3f} s (with every branch timed: {timer:.3f} x)\n"
           f"ratio = cached / (uncached - skipped branches), bar {bar}\n\n"
           f"{'':26}{'CUR %':>6}{'skipped s':>11}{'cached s':>10}{'ratio':>7}{'speed-up':>10}"
@@ -334,8 +346,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["cache", "digits", "training", "memory"],
-                        help="one of the four (default: all)")
+    parser.add_argument("--only", choices=["cache", "pixart", "digits", "training", "memory"],
+                        help="one of the five (default: all)")
     parser.add_argument("--repeats", type=int, default=5,
                         help="rounds; digits runs 4 times as many (5)")
     args = parser.parse_args()
@@ -344,10 +356,14 @@ def main():
 
     benchmarks = {
         "cache": lambda: benchmark_cache(
-            "cache", {**dit.SIZES["XL/2"], "depth": 8}, 10, 1, args.repeats, 1.05
+            "cache", random_model({**dit.SIZES["XL/2"], "depth": 8}), 10, 1, args.repeats, 1.05
+        ),
+        "pixart": lambda: benchmark_cache(
+            "pixart", random_model({**pixart.SIZES["alpha256"], "depth": 6}, pixart.PixArt), 10, 1,
+            args.repeats, 1.05,
         ),
         "digits": lambda: benchmark_cache(
-            "digits", dit.SIZES["digits"], 20, 16, 4 * args.repeats, 1.15
+            "digits", random_model(dit.SIZES["digits"]), 20, 16, 4 * args.repeats, 1.15
         ),
         "training": lambda: benchmark_training(args.repeats),
         "memory": benchmark_memory,
