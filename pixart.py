@@ -291,10 +291,10 @@ class PixArt(nn.Module):
 
 
 def initialize(network):
-    """The official initialisation, for training from scratch: the cross-attentions and the output
-    start at zero, the gates at what the small random tables let through. One departure: the first
-    layers of the caption are Xavier's too, for the official N(0, 0.02^2) is for T5's 4,096 channels
-    and would let through little of the 128 of hashed words."""
+    """For training from scratch: the official initialisation (the output starts at zero, the gates
+    at what the small random tables let through) with one departure, the caption's path. Officially
+    its first layers are N(0, 0.02^2), for the 4,096 channels of T5, and the cross-attentions start
+    at zero; here all are Xavier's, the cross-attentions' outputs at half of that."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -306,10 +306,9 @@ def initialize(network):
         embedders += [network.csize_embedder, network.ar_embedder]
     for linear in [network.t_block[1], *(part.mlp[i] for part in embedders for i in (0, 2))]:
         nn.init.normal_(linear.weight, std=0.02)
-    zero = [block.cross_attn.proj for block in network.blocks]
-    for linear in [*zero, network.final_layer.linear]:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    for block in network.blocks:
+        nn.init.xavier_uniform_(block.cross_attn.proj.weight, gain=0.5)
+    nn.init.zeros_(network.final_layer.linear.weight)
     return network
 
 

@@ -7,6 +7,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 import features
 import shipped
+import text
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_weights_that_do_not_fit(inception, tmp_path):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown features vgg: use inception or digits"):
+    with pytest.raises(ValueError, match="unknown features vgg: use inception, digits or emoji"):
         features.load("vgg")
     with pytest.raises(ValueError, match="unknown resize bicubic"):
         features.Inception("bicubic")
@@ -128,3 +129,28 @@ def test_the_shipped_classifier_knows_digits_it_has_not_seen():
 def test_the_classifier_refuses_other_sizes():
     with pytest.raises(ValueError, match="sees 28 x 28 images, not 32 x 32"):
         features.load("digits")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_the_shipped_encoder_knows_which_caption_an_emoji_has():
+    path = features.SHIPPED / "emoji_encoder.safetensors"
+    assert path.stat().st_size < 2e6
+    network, preprocess, tokenizer = features.load_clip("emoji")
+    images, captions = shipped.emoji()
+    pooled, spatial, logits = network(images[:50])
+    assert pooled.shape == (50, 96) and spatial.shape == (50, 256) and logits is None
+    image, caption = network.encode_image(images), network.encode_text(tokenizer(captions))
+    assert torch.allclose(image.norm(dim=1), torch.ones(1026), atol=1e-5)
+    first = (image @ caption.T).argmax(1) == torch.arange(1026)
+    held_out = torch.arange(1026) % 10 == 0
+    assert first[~held_out].double().mean() > 0.85
+    among_themselves = (image[held_out] @ caption[held_out].T).argmax(1) == torch.arange(103)
+    assert among_themselves.double().mean() > 0.1  # by chance 0.01
+
+
+def test_a_captions_length_and_padding_do_not_matter_to_the_encoder():
+    network = features.load("emoji")
+    short, long = (text.hashed_words(["red apple"], tokens)[0] for tokens in (2, 12))
+    assert torch.allclose(network.encode_text(short), network.encode_text(long), atol=1e-6)
+    assert network.encode_text(text.hashed_words([""])[0]).isfinite().all()
+    with pytest.raises(ValueError, match="sees 32 x 32 images, not 28 x 28"):
+        network(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))

@@ -19,6 +19,7 @@ import command
 import features
 import metrics
 import pictures
+import shipped
 
 ROOT = Path(__file__).parent.parent
 
@@ -364,11 +365,33 @@ def test_the_commands_clip_score(tmp_path, monkeypatch, capsys, tiny_clip):
     assert code == 2 and "captions.txt has 1 captions for 3 images" in err
 
 
+def test_the_emojis_own_numbers(tmp_path, monkeypatch, capsys):
+    """Every number but the Inception score, by the shipped encoder and with no download."""
+    images, captions = (values[::9] for values in shipped.emoji())
+    np.savez(tmp_path / "x.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+    flags = ["--reference", "emoji", "--clip-model", "emoji"]
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "x.npz", *flags, "--captions",
+                       tmp_path / "captions.txt", "--json")
+    answer = json.loads(out)
+    assert code == 0 and set(answer["networks"].values()) == {"emoji encoder"}
+    values = answer["values"]
+    assert "is" not in values and values["precision"] == 1 and values["nearest"] < 0.01
+    assert values["clip"] > 40
+    (tmp_path / "captions.txt").write_text("\n".join(reversed(captions)) + "\n")
+    _, out, _ = run(monkeypatch, capsys, tmp_path / "x.npz", *flags, "--metrics", "clip",
+                    "--captions", tmp_path / "captions.txt", "--json")
+    assert json.loads(out)["values"]["clip"] < 20
+    code, _, err = run(monkeypatch, capsys, tmp_path / "x.npz", "--reference", "emoji", "--metrics",
+                       "is")
+    assert code == 2 and "is needs the images, not statistics only, and a network that tells" in err
+
+
 @pytest.mark.parametrize(("args", "message"), (
     (["nothing"], "nothing is no folder of images, npz file or digits, digits-train"),
     (["digits", "--metrics", "clip"], "the CLIP score and --captions FILE go together"),
     (["digits", "--metrics", "kid"], "unknown metric kid: use fid, sfid, is, precision"),
-    (["digits", "--features", "vgg"], "unknown features vgg: use inception or digits"),
+    (["digits", "--features", "vgg"], "unknown features vgg: use inception, digits or emoji"),
     (["digits", "--reference", "digits-train", "--features", "inception"], "could not download"),
     (["digits", "--save-stats", "."], "cannot write .: it is a folder"),
     (["digits", "--batch-size", "0"], "--batch-size must be 1 or more"),

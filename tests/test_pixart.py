@@ -331,13 +331,16 @@ def test_the_emoji_model_is_small_enough_to_ship():
     assert network.places(8, 8).shape == (64, 192) and len(network.branches) == 18
 
 
-def test_initialize_starts_with_no_caption_and_no_output():
+def test_initialize_starts_with_no_output_but_a_caption_that_is_heard():
     network = pixart.initialize(tiny_pixart(micro_conditions=True))
     x, t, y, mask, *micro = inputs(network)
     assert torch.equal(network(x, t, y, mask, *micro), torch.zeros(3, 4, 8, 8))
-    for block in network.blocks:
-        tokens = torch.randn(3, 16, 24)
-        assert not block.cross_attn(tokens, network.y_embedder(y), mask).any()
+    for weight, gain in (
+        (network.y_embedder.y_proj.fc1.weight, 1), (network.blocks[1].cross_attn.proj.weight, 0.5),
+        (network.blocks[0].attn.qkv.weight, 1), (network.x_embedder.proj.weight.flatten(1), 1),
+    ):
+        bound = gain * (6 / sum(weight.shape)) ** 0.5  # Xavier's uniform distribution
+        assert 0.9 * bound < weight.abs().max() <= bound
     for linear in (network.t_block[1], network.csize_embedder.mlp[0], network.t_embedder.mlp[2]):
         assert linear.weight.std() == pytest.approx(0.02, rel=0.2)
 

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 import command
 import features
 import metrics
+import pixart
 import shipped
 from experiments import pretrain
 from samplers import DDPM
@@ -141,3 +142,86 @@ def test_augmented_digits_stay_digits():
         assert (centre(moved, axis) - centre(images, axis)).abs().max() < 4.5
     ratio = moved.sum((1, 2, 3)) / images.sum((1, 2, 3))
     assert ratio.min() > 0.65 and ratio.max() < 1.5
+
+
+def test_the_loss_of_v_by_its_definition():
+    """The weight 1 / alpha_bar makes the error of eps that of v, up to the limit."""
+    torch.manual_seed(0)
+    schedule, B = DDPM(1000), 64
+    images = torch.rand(B, 1, 2, 2) * 2 - 1
+    network = Oracle(torch.randn(B, 2, 2, 2))
+    mse, _ = pretrain.training_loss(network, schedule, images, torch.zeros(B).long(),
+                                    torch.Generator().manual_seed(0), limit=20.0)
+    expected = 0.0
+    for b in range(B):
+        a = schedule.alpha_bar[schedule.timesteps.index(network.t[b].item())]
+        x, eps = network.x[b], network.answer[b, :1]
+        noise = (x - math.sqrt(a) * images[b]) / math.sqrt(1 - a)
+        guess = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        v, v_guess = (math.sqrt(a) * e - math.sqrt(1 - a) * x0
+                      for e, x0 in ((noise, images[b]), (eps, guess)))
+        error = (v - v_guess) if 1 / a < 20 else math.sqrt(20) * (eps - noise)
+        expected += error.double().square().mean().item() / B
+    assert mse.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_emojis_training_resumes_bitwise_and_sees_each_once_an_epoch(tmp_path, monkeypatch):
+    order = torch.cat([pretrain.epoch_order(step, 10, 4, seed=3) for step in range(5)])
+    assert sorted(order[:10].tolist()) == sorted(order[10:].tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+
+    monkeypatch.setitem(pixart.SIZES, "emoji", {**pixart.SIZES["emoji"], "hidden_size": 24,
+                                                "depth": 1, "num_heads": 2})
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    changes = dict(steps=3, batch_size=3, compile=False)
+    pretrain.train_emoji(arguments(tmp_path / "whole", **changes))
+    save_state = command.save_state
+
+    def save_and_stop(path, state):
+        save_state(path, state)
+        raise Saves
+
+    monkeypatch.setattr(command, "save_state", save_and_stop)
+    with pytest.raises(Saves):
+        pretrain.train_emoji(arguments(tmp_path / "parts", **changes))
+    monkeypatch.setattr(command, "save_state", save_state)
+    pretrain.train_emoji(arguments(tmp_path / "parts", **changes))
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors")
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_the_null_caption_is_shown_with_every_number_of_tokens():
+    network = pixart.PixArt(**{**pixart.SIZES["emoji"], "hidden_size": 24, "depth": 1,
+                               "num_heads": 2})
+    seen = {}
+    network.forward = lambda x, t, y, mask: seen.update(y=y, mask=mask)
+    captioned = pretrain.Captioned(network, ["red apple", "dog"])
+    captioned(None, None, torch.tensor([0, 2, 1, 2]))
+    null = network.y_embedder.y_embedding
+    assert seen["mask"].sum(1).tolist() == [2, 2, 1, 4]
+    assert torch.equal(seen["y"][1], null) and torch.equal(seen["y"][3], null)
+    assert torch.equal(seen["y"][0], captioned.features[0])
+
+
+def test_contrastive_loss_by_hand():
+    """Two pairs, each caption at its image: -log of the softmax of (scale, 0)."""
+    loss = pretrain.contrastive_loss(torch.eye(2), torch.eye(2), 3.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-3)))
+    crossed = pretrain.contrastive_loss(torch.eye(2), torch.eye(2).flip(0), 3.0)
+    assert crossed.item() == pytest.approx(3 + math.log(1 + math.exp(-3)))
+
+
+def test_the_encoders_training_leaves_out_what_it_is_tested_on(tmp_path, monkeypatch, capsys):
+    seen, augmented = [], pretrain.augmented
+
+    def noted(images, generator):
+        seen.append(255 - images)
+        return augmented(images, generator)
+
+    monkeypatch.setattr(pretrain, "augmented", noted)
+    pretrain.train_emoji_encoder(arguments(tmp_path, steps=2, batch_size=1000, ema=0.0))
+    held_out = {image.numpy().tobytes() for image in shipped.emoji()[0][::10]}
+    assert not any(image.numpy().tobytes() in held_out for batch in seen for image in batch)
+    assert "of 103" in capsys.readouterr().out
+    assert features.load("emoji", tmp_path / "weights.safetensors").name == "emoji encoder"
