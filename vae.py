@@ -247,12 +247,13 @@ class Autoencoder(nn.Module):
         """Latents (B, C, H, W), divided by the scale -> images (B, 3, 8 H, 8 W) in the dtype of
         `latents`, in [-1, 1] but for some overshoot.
 
-        Beyond the images themselves, memory grows neither with their number nor with their size:
-        `slice_size` of them are decoded at a time, and those of 1024 pixels and more in overlapping
-        tiles. Slices change nothing. Tiles do, as norms and attention see only their own tile: with
-        random weights and 2 x 2 tiles an image is off by 7 % of its norm if the latents are noise,
-        by 21 % if its left and right are very unlike, but shows no seam; without an overlap it is
-        33 and 47 %, with one (tests/test_vae.py). If there is memory, `tile=max(H, W)` is exact.
+        Beyond the images themselves, memory has a bound (`decode_bytes`), however many and large
+        they are: `slice_size` of them are decoded at a time, and those of 1024 pixels and more in
+        overlapping tiles. Slices change nothing. Tiles do, as norms and attention see only their
+        own tile. On the random weights of tests/test_vae.py, in 2 x 2 tiles, an image is off by 7 %
+        of its norm if the latents are noise and by 21 % if left and right are very unlike, without
+        a seam; tiles that only touch are off by 33 and 47 %, with one. The error on trained weights
+        is not measured here. If there is memory, `tile=max(H, W)` decodes the whole image at once.
 
         `tile` is the side of a tile at most, in latents: by default 80 if a side of the image is
         128 or more, else the whole image. Tiles overlap by at least `overlap` latents.
