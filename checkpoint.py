@@ -38,7 +38,7 @@ def read(path):
             break
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict: not bare, under `ema` or `state_dict`")
-    return state
+    return {str(key): value for key, value in state.items()}
 
 
 def fitted(state, network, path):
