@@ -8,6 +8,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+import warnings
 from http.client import HTTPException
 from pathlib import Path
 
@@ -94,8 +95,9 @@ def download(url):
 
 
 def run(main):
-    """Runs a command. A user's mistake (ValueError, OSError) is told in one line, exit code 2;
-    an interruption ends with the shell's own code 130."""
+    """Runs a command. A user's mistake (ValueError, OSError) is told in one line, exit code 2, a
+    warning in one line; an interruption ends with the shell's own code 130."""
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
         main()
     except (ValueError, OSError) as error:
@@ -108,7 +110,9 @@ def run(main):
 
 def add_model_flags(parser):
     """The flags that sampling and training share. What is None comes from the model's defaults."""
-    parser.add_argument("--model", default="digits", help="digits or dit256 (default: digits)")
+    parser.add_argument("--model", default="digits",
+                        help="digits (default), emoji, dit256, dit512, pixart256, pixart512, "
+                             "pixart1024, sigma256, sigma512, sigma1024 or sigma2048")
     parser.add_argument("--weights", help="the network's weights, if not the usual file")
     parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
     parser.add_argument("--sampler",
@@ -116,7 +120,7 @@ def add_model_flags(parser):
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is no guidance")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16 or float16")
+    parser.add_argument("--dtype", help="float32 (default), bfloat16 (bf16) or float16 (fp16)")
 
 
 def seed(text):

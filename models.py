@@ -99,6 +99,14 @@ class Model:
         if self.text == "t5":
             tokens = self.network.model_max_length
             text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS)
+            self.null_caption(device)
+
+    def null_caption(self, device=None):
+        """T5's features of the empty prompt, if the weights hold no null caption; else None."""
+        if self.text == "hashed" or not self.network.y_embedder.y_embedding.isnan().any():
+            return None
+        tokens = self.network.model_max_length
+        return text.null_caption(max_length=tokens, device=device, file=CAPTIONS)
 
     def condition(self, items):
         """B class labels, a tensor or a list, or B prompts -> the condition of a guided batch
@@ -106,7 +114,7 @@ class Model:
         if self.text is None:
             return self.network.condition(torch.as_tensor(items))
         size = self.pixels if self.network.micro_conditions else None
-        return self.network.condition(*self.encode(list(items)), size)
+        return self.network.condition(*self.encode(list(items)), size, self.null_caption())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +189,7 @@ MODELS = {  # name: weights -> Model
 
 def load(name, weights=None, device=None, dtype=None):
     """A model by name. `weights` is a file to use in place of the usual one; `device` is by default
-    cuda if there is one; `dtype` is float32 (default), bfloat16 or float16.
+    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16).
 
     Raises ValueError for an unknown name, device or dtype, or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
@@ -189,6 +197,7 @@ def load(name, weights=None, device=None, dtype=None):
     if name not in MODELS:
         raise ValueError(f"unknown model {name}: use {', '.join(MODELS)}")
     dtype = str(dtype or "float32").removeprefix("torch.")
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
     device = torch.device(find_device(device))

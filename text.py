@@ -138,6 +138,33 @@ def encode_each(
     return [kept[key] for key in keys]
 
 
+@torch.no_grad()
+def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=None):
+    """T5's features of the empty prompt at all its L places, padding included: (L, C).
+
+    It is what PixArt-Sigma takes for no caption, and what weights in the layout of diffusers, which
+    hold no null caption, need. Arguments, file and errors are those of `encode_each`.
+    """
+    key = json.dumps([str(model), max_length, None])
+    kept = read_kept(file, [key]) if file else {}
+    if key in kept:
+        return kept[key]
+    if file:
+        command.check_writable(file)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type != "cpu"
+    tokenizer, encoder = load_t5(model, dtype or (torch.bfloat16 if on_gpu else torch.float32))
+    ids = tokenizer("", padding="max_length", max_length=max_length, return_tensors="pt").to(device)
+    encoder = encoder.eval().to(device)
+    features = encoder(ids.input_ids, ids.attention_mask).last_hidden_state[0].cpu()  # (L, C)
+    del encoder
+    if on_gpu:
+        torch.cuda.empty_cache()
+    if file:
+        append_kept(file, {key: features})
+    return features
+
+
 def prepare(prompt, clean):
     """What T5 is given of a prompt."""
     return clean_caption(prompt) if clean else prompt.lower().strip()

@@ -8,7 +8,8 @@ cache     the denoising loop at DiT-XL's width: cached / (uncached - skipped bra
 pixart    the same at the dimensions of PixArt-256, three branches a block
 digits    the same for the digits network, whose branches are so short that all else shows, bar 1.15
 training  one iteration at DiT-S/2: ours / official, bars 0.6 for time and 0.4 for activations
-memory    a formula for the bytes of training, held against a measurement, then used for DiT-XL/2
+memory    formulas for the bytes of training and of sampling, held against measurements, then used
+          for DiT-XL/2 and PixArt-alpha 512
 
 What is compared is measured in turn, round by round, in one process; ratios are taken within a
 round, and the figures are medians over the rounds. Weights are random: only their shapes matter.
@@ -30,6 +31,7 @@ import models
 import pixart
 import router as routers
 import train_stepwise
+import vae
 from cache import Cache, SoftCache
 from sample import denoise, guided
 from samplers import DDIM, Noise
@@ -338,6 +340,41 @@ def benchmark_memory(images=2):
         print(f"{name:26}{size / 2**30:8.2f} GiB")
 
 
+def sampling_bytes(network, images, size=2):
+    """What sampling pictures with `network` holds, by calculation: {part: bytes}; `size` bytes a
+    number. Of the text encoder and the rest, one is on the device at a time."""
+    K, rows = len(network.branches), 2 * images
+    N = (network.input_size // network.patch_size) ** 2
+    D = network.final_layer.linear.in_features
+    with torch.device("meta"):
+        autoencoder = vae.Autoencoder().to(torch.bfloat16 if size == 2 else torch.float32)
+    return {
+        "text encoder (T5 v1.1 XXL, 4.76 B)": 4.76e9 * size,
+        "network": size * sum(p.numel() for p in network.parameters()),
+        "autoencoder": size * sum(p.numel() for p in autoencoder.parameters()),
+        "cache, if every branch is kept": size * K * rows * N * D,
+        "a block's activations, at most": size * rows * N * 2 * (D + int(network.mlp_ratio * D)),
+        "decoding one image": autoencoder.decode_bytes(network.input_size, network.input_size),
+    }
+
+
+def benchmark_sampling_memory(images=2):
+    """Prints the calculation for PixArt-alpha 512, and its cache's share against a measurement."""
+    model = random_model({**pixart.SIZES["emoji"], "depth": 3}, pixart.PixArt)
+    schedule = routers.fora(2, len(model.network.branches), 2)
+    schedule[1] = False  # so that every branch is kept until then
+    cache = Cache(schedule)
+    x = Noise(SEED, range(images)).start(model.shape)
+    denoise(model.network, DDIM(2), x, random_condition(model.network, images), GUIDANCE, cache)
+    formula = sampling_bytes(model.network, images, size=4)["cache, if every branch is kept"]
+    print(f"\nmemory of sampling: the cache, measured on a small PixArt, {cache.peak_bytes} bytes, "
+          f"by formula {formula}\ncalculated for PixArt-alpha 512, bfloat16, one image:")
+    with torch.device("meta"):
+        network = pixart.PixArt(**pixart.SIZES["alpha512"])
+    for name, size in sampling_bytes(network, images=1).items():
+        print(f"{name:36}{size / 1e9:8.2f} GB")
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
 
@@ -366,7 +403,7 @@ def main():
             "digits", random_model(dit.SIZES["digits"]), 20, 16, 4 * args.repeats, 1.15
         ),
         "training": lambda: benchmark_training(args.repeats),
-        "memory": benchmark_memory,
+        "memory": lambda: (benchmark_memory(), benchmark_sampling_memory()),
     }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seed {SEED}")
     for name, benchmark in benchmarks.items():

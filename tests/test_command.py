@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import warnings
 
 import pytest
 import torch
@@ -252,3 +253,9 @@ def test_model_flags_leave_what_the_model_decides_open():
     assert set(args.values()) == {None}
     args = parser.parse_args(["--steps", "10", "--guidance", "4", "--seed", "3"])
     assert (args.steps, args.guidance, args.seed) == (10, 4.0, 3)
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    command.run(lambda: None)
+    assert warnings.formatwarning("prompt cut", UserWarning, "x.py", 3) == "warning: prompt cut\n"

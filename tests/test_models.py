@@ -80,11 +80,12 @@ def test_a_model_is_frozen_and_in_eval_mode(digits, tiny_xl):
         assert not any(module.training for module in network.modules())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.bfloat16, None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bf16", "fp16", torch.bfloat16, None])
 def test_dtype_is_that_of_every_parameter_and_buffer(digits, dtype):
     network, path = digits
     model = models.load("digits", weights=path, device="cpu", dtype=dtype)
-    wanted = torch.float32 if dtype is None else getattr(torch, str(dtype).split(".")[-1])
+    wanted = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}.get(dtype, str(dtype))
+    wanted = getattr(torch, wanted.split(".")[-1])
     loaded = model.network.state_dict()
     assert {tensor.dtype for tensor in loaded.values()} == {wanted}
     for key, tensor in network.state_dict().items():
@@ -395,6 +396,25 @@ def test_conditions_from_prompts_and_from_labels():
     label = models.Model("tiny", tiny_dit(), "ddim", 20, 1.5)
     (labels,) = label.condition([1, 0])
     assert labels.tolist() == [1, 0, *[label.network.num_classes] * 2]
+
+
+def test_weights_without_a_null_caption_get_t5s(monkeypatch):
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    network.y_embedder.y_embedding.fill_(float("nan"))  # as the layout of diffusers leaves it
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="t5")
+    asked = []
+
+    def read(prompts, max_length, **kwargs):
+        asked.append((prompts, max_length))
+        return torch.ones(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)
+
+    monkeypatch.setattr(text, "encode", read)
+    monkeypatch.setattr(text, "encode_each", read)
+    monkeypatch.setattr(text, "null_caption", lambda **kwargs: 2 * torch.ones(6, 16))
+    model.prepare(["a dog"])
+    y, _ = model.condition(["a dog"])
+    assert asked == [(["a dog"], 6)] * 2
+    assert (y[0] == 1).all() and (y[1] == 2).all()
 
 
 def test_micro_conditions_are_told_the_pictures_size():

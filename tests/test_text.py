@@ -165,6 +165,24 @@ def test_an_empty_prompt_is_the_null_caption_for_t5_too(t5):
     assert text.encode([], t5, 4, "cpu")[1].shape == (0, 4)
 
 
+def test_the_null_caption_has_the_features_of_padding_too(t5, tmp_path, monkeypatch):
+    """As the official code encodes it: padded to full length, what comes out is taken whole."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    ids = AutoTokenizer.from_pretrained(t5)("", padding="max_length", max_length=7,
+                                            return_tensors="pt")
+    with torch.no_grad():
+        expected = T5EncoderModel.from_pretrained(t5)(**ids).last_hidden_state[0]
+    file = tmp_path / "kept.safetensors"
+    text.encode(["a cat"], t5, 7, file=file)
+    null = text.null_caption(t5, 7, file=file)
+    assert null.shape == (7, 16) and torch.equal(null, expected)
+    assert null[1:].abs().min() > 0
+    monkeypatch.setattr(text, "load_t5", None)  # the file has both by now
+    assert torch.equal(text.null_caption(t5, 7, file=file), null)
+    text.encode(["a cat"], t5, 7, file=file)
+
+
 def test_clean_prompts(t5):
     dirty = "<b>A</b> red   cat &amp; https://cats.com"
     plain, clean = (text.encode([dirty], t5, 30, "cpu", clean=clean) for clean in (False, True))
