@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 import command
 import models
 import pixart
-import proxy
 import router as routers
 import train_stepwise
 from cache import Cache
 from sample import denoise
 from samplers import Noise, make_sampler
+from tests import test_proxy
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "sa-solver")
 PROMPTS = ["red apple", "dog", "", "a house by the sea"]
@@ -32,47 +32,21 @@ def model():
     return models.Model("tiny", network, "ddim", steps=T, guidance=SCALE, text="hashed")
 
 
-def full_walk(model, sampler, x, condition, scores, noise):
-    """x_T to x_0 with the soft cache, without forks."""
-    kept = {}
-    network = model.network
-    for i, t in enumerate(sampler.timesteps):
-
-        def mixed(k, branch, i=i):
-            r, new = scores[i, k], branch()
-            mix = new if i == 0 else r * new + (1 - r) * kept[k]
-            if i == 0 or r > TAU:
-                kept[k] = mix
-            return mix
-
-        both = torch.cat([x, x])
-        output = network(both, torch.full((len(both),), t), *condition, cache=mixed)
-        channels = min(network.guidance_channels, sampler.guidance_channels)
-        cond, null = output[:, :channels].chunk(2)
-        guided = null + SCALE * (cond - null)
-        output = torch.cat([torch.cat([guided, guided]), output[:, channels:]], 1)
-        x = sampler.step(output, i, x, noise)
-    return x
-
-
-@pytest.mark.parametrize("variant", ("leave-one-out", "cumulative"))
+@pytest.mark.parametrize("variant", test_proxy.VARIANTS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_lambda_is_that_of_whole_walks(model, name, variant):
-    noise = Noise(0, range(2), 2)
+    """To the last bit."""
+    noise = Noise(0, range(test_proxy.B), 2)
     x, condition = noise.start(model.shape), model.condition(["red apple", "dog"])
-    scores = torch.rand(T, 6, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.05
-    measured = proxy.image_error(model.network, make_sampler(name, T), x, condition, SCALE, scores,
-                                 TAU, noise, variant)
-    x0 = [full_walk(model, make_sampler(name, T), x, condition, scores, noise)]
-    for i in range(1, T):
-        masked = scores.clone()
-        masked[i : i + 1 if variant == "leave-one-out" else T] = 1
-        x0.append(full_walk(model, make_sampler(name, T), x, condition, masked, noise))
-    others = x0[:1] * T if variant == "leave-one-out" else [*x0[2:], x0[0]]
-    expected = [0] + [(a.double() - b.double()).square().mean().item()
-                      for a, b in zip(x0[1:], others, strict=False)]
-    assert measured.tolist() == pytest.approx(expected, rel=1e-4)
-    assert min(expected[1:]) > 0
+    scores = torch.rand(test_proxy.T, 6, generator=torch.Generator().manual_seed(1))
+    case = model.network, x, condition, scores, noise
+    sampler = make_sampler(name, test_proxy.T)
+    measured = test_proxy.measure(case[0], sampler, *case[1:], variant=variant)
+    expected = test_proxy.naive(
+        case[0], lambda: make_sampler(name, test_proxy.T), *case[1:], variant
+    )
+    assert torch.equal(measured, torch.as_tensor(expected, dtype=measured.dtype))
+    assert (measured[1:] > 0).all()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
