@@ -78,7 +78,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, H/P, H/P) -> (B, N, D)
+        x = self.proj(x).flatten(2)  # (B, D, H/P, H/P) -> (B, D, N)
+        return x.transpose(1, 2).contiguous()  # (B, N, D); all that is added to it keeps its layout
 
 
 class TimestepEmbedder(nn.Module):
