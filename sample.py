@@ -3,7 +3,7 @@
     python sample.py                                  # digits with the shipped router
     python sample.py --compare --out compare.png      # full and cached from the same noise
     python sample.py --schedule fora:2 --labels 0,1,2 --num-samples 30
-    python sample.py --model emoji --prompt "red apple" --prompt "dog face"
+    python sample.py --model pixart256 --prompt "a red apple" --prompt "a dog"
     python sample.py --model dit256 --labels random --num-samples 50000 --out images
 
 Letters: B images, C channels of the latent (or of the pixels), T steps, K branches.

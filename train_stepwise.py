@@ -2,7 +2,6 @@
 teacher, with no images (HarmoniCa, https://arxiv.org/abs/2410.01723, sections 3.2 and 3.3).
 
     python train_stepwise.py                               # digits, about 5 minutes on 2 CPU cores
-    python train_stepwise.py --model emoji                 # the small text-to-image model
     python train_stepwise.py --model dit256 --beta 4e-8    # DiT-XL/2, T = 20, a 24 GB GPU
     python train_stepwise.py --model pixart256 --sampler sa-solver --steps 25
 
@@ -42,8 +41,8 @@ from cache import SoftCache
 from sample import guided
 from samplers import Noise, make_sampler
 
-# Settings found for the small models by measurement. A logit moves at most lr per update of its
-# row, so a short run needs a high rate.
+# Settings found for digits by measurement: a logit moves at most lr per update of its row, so a
+# short run needs a high rate. Emoji has the same ones, not measured yet.
 DEFAULTS = {
     "digits": dict(beta=4e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
     "emoji": dict(beta=4e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
