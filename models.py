@@ -137,9 +137,7 @@ def emoji(weights):
     network = pixart.PixArt(**pixart.SIZES["emoji"])
     weights = weights or SHIPPED / "emoji_pixart.safetensors"
     network.load_state_dict(pixart.read_weights(weights, network))
-    router = SHIPPED / "emoji_router.safetensors"
-    return Model("emoji", network, "dpm-solver++", steps=20, guidance=3.0, router=router,
-                 text="hashed")
+    return Model("emoji", network, "dpm-solver++", steps=20, guidance=3.0, text="hashed")
 
 
 def official_dit(weights, size):
