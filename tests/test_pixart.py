@@ -186,7 +186,7 @@ def test_an_empty_prompt_is_the_null_caption():
     assert masks[1].all() and masks[4].all() and torch.equal(masks[0], mask[0])
     output = network(torch.cat([x, x]), torch.cat([t, t]), both, masks)
     assert output.isfinite().all()
-    torch.testing.assert_close(output[1], output[4], rtol=0, atol=1e-6)
+    torch.testing.assert_close(output[1], output[4], rtol=0, atol=1e-4)
     assert not torch.allclose(output[0], output[3], rtol=0, atol=1e-3)
 
 
