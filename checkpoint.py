@@ -6,6 +6,7 @@ whether it has the official names or those of the library diffusers.
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def read(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(path)  # the format from before torch 1.6 is none
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a whole checkpoint, or holds objects that only running "
                          "code could read: use a .safetensors file") from error

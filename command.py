@@ -78,7 +78,7 @@ def download(url):
             size = response.headers["Content-Length"]
         if size is None:
             raise ConnectionError("the server does not tell the file's size")
-        print(f"{url} -> {path}")
+        print(f"{url} -> {path}", file=sys.stderr)
         torch.hub.download_url_to_file(url, part)
         if part.stat().st_size != int(size):
             raise ConnectionError(f"got {part.stat().st_size} of {size} bytes")

@@ -347,8 +347,8 @@ def load(name, weights=None, device="cpu", resize="tf1"):
 
 def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
     """A CLIP network of open_clip, its preprocessing of Pillow images and its tokenizer.
-    `pretrained` is a tag of open_clip's, downloaded on first use, or a file. The model `emoji` is
-    the shipped encoder of emoji.
+    `pretrained` is a tag of open_clip's, downloaded on first use, or a file (OpenAI's weights from
+    a file need a model whose name ends in -quickgelu). The model `emoji` is the shipped encoder.
 
     Raises ValueError for an unknown name, ConnectionError if the weights cannot be downloaded.
     """
@@ -371,10 +371,16 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags and not Path(pretrained).is_file():
         raise ValueError(f"no weights {pretrained} of {model}: use {', '.join(tags)} or a file")
+    # OpenAI's own weights need the activation they were trained with; open_clip would only warn.
+    quick_gelu = (open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False)
     try:
-        network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        network, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained, force_quick_gelu=quick_gelu
+        )
+    except Exception as error:  # of many kinds, for a damaged file as for no network
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if Path(pretrained).is_file():
+            raise ValueError(f"{pretrained} holds no weights of {model}: {reason}") from error
         raise ConnectionError(f"could not get {pretrained} of {model} ({reason}): download "
                               "it where there is a network, and give its file") from error
     network.eval().requires_grad_(False).to(device)

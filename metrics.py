@@ -29,6 +29,7 @@ import command
 import features
 import models
 import pictures
+import shipped
 
 # ------------------------------------------------------------------------------------------------
 # Frechet distance
@@ -140,7 +141,7 @@ def blocks(a, b):
 
 def neighbour_radii(x, k):
     """The squared distance from each of x (N, D) to its k-th nearest other: (N,)."""
-    radii = torch.empty(len(x), device=x.device)
+    radii = torch.empty(len(x), dtype=x.dtype, device=x.device)
     for rows, squared in blocks(x, x):
         radii[rows] = squared.topk(k + 1, largest=False).values[:, k]  # the nearest is itself
     return radii
@@ -253,7 +254,7 @@ class Statistics:
     features of the single images, which precision, recall and the Inception score need."""
 
     network: str  # the name of the feature network
-    images: int
+    images: int | None  # None: the file does not tell
     mu: torch.Tensor  # (D,) float64
     sigma: torch.Tensor  # (D, D)
     mu_s: torch.Tensor  # (S,)
@@ -301,13 +302,15 @@ def save_statistics(path, statistics):
 def load_statistics(path):
     """Statistics from an npz that `save_statistics` or ADM's authors wrote; None if it holds images
     only. Raises ValueError if it is damaged."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole npz of statistics, nor any npz file")
     try:
         with np.load(path, allow_pickle=False) as data:
             if "mu" not in data:
                 return None
             arrays = {key: torch.from_numpy(data[key]) for key in ARRAYS if key in data}
             network = str(data["network"]) if "network" in data else ADM_NETWORK
-            images = int(data["images"]) if "images" in data else 0
+            images = int(data["images"]) if "images" in data else None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a whole npz of statistics: {error}") from error
     missing = [key for key in ARRAYS[:4] if key not in arrays]
@@ -330,7 +333,7 @@ def statistics_of(source, network, batch_size=64, words="features"):
         return extract(source, network, batch_size, words)
     if known.network != network.name:
         raise ValueError(f"{path} holds statistics of another network: of {known.network}, not of "
-                         f"{network.name}")
+                         f"{network.name}; see --features and --resize")
     with zipfile.ZipFile(path) as archive:
         has_images = "arr_0.npy" in archive.namelist()
     if has_images:
@@ -360,7 +363,11 @@ def compare(samples, reference, metrics=None, device="cpu"):
 
     `nearest` comes with `nearest_reference`, the second value of `nearest_distance`.
     """
+    if samples.network != reference.network:
+        raise ValueError(f"features of {samples.network} and of {reference.network} are not to be "
+                         "compared")
     pairs = samples.pooled is not None and reference.pooled is not None
+    pairs = pairs and min(len(samples.pooled), len(reference.pooled)) > 3
     allowed = ["fid", "sfid"]
     allowed += ["is"] if samples.logits is not None else []
     allowed += ["precision", "recall", "nearest"] if pairs else []
@@ -369,8 +376,8 @@ def compare(samples, reference, metrics=None, device="cpu"):
         if name not in METRICS:
             raise ValueError(f"unknown metric {name}: use {', '.join(METRICS)}")
         if name not in allowed:
-            raise ValueError(f"{name} needs the images, not statistics only"
-                             + (", and a network that tells classes" if name == "is" else ""))
+            more = ", and a network that tells classes" if name == "is" else ", more than 3 of them"
+            raise ValueError(f"{name} needs the images, not statistics only{more}")
     values = {}
     if "fid" in metrics:
         values["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
@@ -408,10 +415,14 @@ def evaluate(images, reference="digits", metrics=None, network=None, batch_size=
 
 
 def usual_features(reference):
-    """The network for a reference: for a data set of ours its own, else Inception."""
+    """The network for a reference: for a data set of ours its own, for statistics theirs, else
+    Inception."""
     if isinstance(reference, str) and reference in pictures.NAMED:
         return reference.split("-")[0]
-    return "inception"
+    if isinstance(reference, str | Path) and Path(reference).suffix == ".npz":
+        reference = load_statistics(reference) if Path(reference).is_file() else None
+    name = reference.network if isinstance(reference, Statistics) else ""
+    return {"digits classifier": "digits", "emoji encoder": "emoji"}.get(name, "inception")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -420,8 +431,8 @@ def usual_features(reference):
 
 def read_captions(path, total):
     """One caption a line, in the order of the images. Raises ValueError if the numbers differ."""
-    captions = Path(path).read_text().splitlines()
-    if len(captions) != total:
+    captions = shipped.read_lines(path)
+    if len(captions) != total or not total:
         raise ValueError(f"{path} has {len(captions)} captions for {total} images")
     return captions
 
@@ -447,8 +458,10 @@ def main():
     parser.add_argument("--metrics", help=f"some of {','.join(METRICS)}; default: all that can be")
     parser.add_argument("--features", help="inception, digits or emoji (as the reference needs)")
     parser.add_argument("--weights", help="Inception's weights, if not pytorch-fid's")
-    parser.add_argument("--resize", default="tf1", help="Inception's: tf1 (default) or pytorch-fid")
-    parser.add_argument("--captions", help="a caption a line, in the order of the images' names")
+    parser.add_argument("--resize", default="tf1", choices=["tf1", "pytorch-fid"],
+                        help="Inception's (tf1)")
+    parser.add_argument("--captions", help="a caption a line, in the order of the images' names, "
+                        "sorted as text (007.png before 010.png)")
     parser.add_argument("--clip-model", default="ViT-B-32",
                         help="of open_clip, or emoji, the shipped one (ViT-B-32)")
     parser.add_argument("--clip-pretrained", default="openai", help="its weights' tag (openai)")
@@ -459,12 +472,27 @@ def main():
     args = parser.parse_args()
     if args.batch_size < 1:
         raise ValueError("--batch-size must be 1 or more")
-    names = args.metrics.split(",") if args.metrics else None
+    names = args.metrics
+    if names is not None:
+        names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+        unknown = [name for name in names if name not in METRICS]
+        if unknown or not names:
+            raise ValueError(f"unknown metric {', '.join(unknown)}: use {', '.join(METRICS)}")
     if names is not None and ("clip" in names) != bool(args.captions):
         raise ValueError("the CLIP score and --captions FILE go together")
     if args.save_stats:
+        if args.save_stats.suffix != ".npz":
+            raise ValueError(f"--save-stats takes a name that ends in .npz, not {args.save_stats}")
         command.check_writable(args.save_stats)
     device = models.find_device(args.device)
+    # What can be found wrong before the work is found now.
+    for source in (args.samples, *([args.reference] if names != ["clip"] else [])):
+        if not (source.endswith(".npz") and Path(source).is_file() and load_statistics(source)):
+            pictures.read(source)
+    if args.captions:
+        total, images = pictures.read(args.samples)
+        captions = read_captions(args.captions, total)
+        clip = features.load_clip(args.clip_model, args.clip_pretrained, device)
 
     values, networks, counts = {}, {}, {}
     if names != ["clip"]:
@@ -479,13 +507,10 @@ def main():
         networks = dict.fromkeys(values, network.name)
         counts = {"images": samples.images, "reference": args.reference,
                   "reference_images": reference.images}
-        if 0 < samples.images <= len(samples.mu):
+        if samples.images and samples.images <= len(samples.mu):
             print(f"note: {samples.images} images span fewer than the {len(samples.mu)} features; "
                   "FID is biased upwards, compare it at equal numbers only", file=sys.stderr)
     if args.captions:
-        total, images = pictures.read(args.samples)
-        captions = read_captions(args.captions, total)
-        clip = features.load_clip(args.clip_model, args.clip_pretrained, device)
         values["clip"] = clip_score(images, captions, clip, args.batch_size)
         networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
         if args.clip_model == "emoji":
@@ -496,7 +521,8 @@ def main():
         about = {"samples": args.samples, **counts, "values": values, "networks": networks}
         print(json.dumps(about))
         return
-    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
+    words = ", ".join(f"{key.replace('_', ' ')} {'unknown' if value is None else value}"
+                      for key, value in counts.items())
     print(f"{words}\n{table(values, networks)}")
 
 

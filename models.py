@@ -60,7 +60,9 @@ class Model:
         return next(self.network.parameters()).device
 
     def to(self, device):
-        """Moves the network."""
+        """Moves the network. On a GPU, products are done in TF32, as the official code has it."""
+        if torch.device(device).type == "cuda":
+            torch.set_float32_matmul_precision("high")
         self.network.to(device)
         return self
 
@@ -71,7 +73,8 @@ class Model:
             return
         factor = self.pixels[0] // self.shape[1]
         unit = factor * self.network.patch_size
-        height, width = height or self.pixels[0], width or self.pixels[1]
+        height = self.pixels[0] if height is None else height
+        width = self.pixels[1] if width is None else width
         if self.text is None:
             raise ValueError(f"{self.name} makes pictures of {self.pixels[0]} x {self.pixels[1]} "
                              "pixels only: leave --height and --width out")
@@ -86,12 +89,12 @@ class Model:
             return None
         return shipped.emoji_prompts() if self.text == "hashed" else shipped.read_prompts()
 
-    def encode(self, prompts, device=None):
+    def encode(self, prompts):
         """Caption features of B prompts and their mask, as `PixArt.condition` takes them."""
         tokens, channels = self.network.model_max_length, self.network.caption_channels
         if self.text == "hashed":
             return text.hashed_words(prompts, tokens, channels)
-        return text.encode(prompts, max_length=tokens, device=device, file=CAPTIONS)
+        return text.encode(prompts, max_length=tokens, file=CAPTIONS)
 
     def prepare(self, items, device=None):
         """Has T5 read the prompts `items`, so that `condition` finds their features in a file. T5,
@@ -136,6 +139,9 @@ def emoji(weights):
     by experiments/pretrain.py. Its prompts are hashed words."""
     network = pixart.PixArt(**pixart.SIZES["emoji"])
     weights = weights or SHIPPED / "emoji_pixart.safetensors"
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no weights at {weights}: train them by `python -m experiments."
+                                "pretrain --model emoji`, or name others with --weights")
     network.load_state_dict(pixart.read_weights(weights, network))
     return Model("emoji", network, "dpm-solver++", steps=20, guidance=3.0, text="hashed")
 
@@ -198,12 +204,10 @@ def load(name, weights=None, device=None, dtype=None):
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
-    device = torch.device(find_device(device))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as the official code uses it
+    device = find_device(device)
     model = MODELS[name](weights)
-    model.network.eval().requires_grad_(False).to(device, getattr(torch, dtype))
-    return model
+    model.network.eval().requires_grad_(False).to(getattr(torch, dtype))
+    return model.to(device)
 
 
 def load_autoencoder(model, weights=None):

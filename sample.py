@@ -120,6 +120,8 @@ def choose_items(args, model):
         return choose_labels(args.labels, model.network.num_classes, count, args.seed)
     if args.labels:
         raise ValueError(f"{model.name} is told a prompt, not a class: use --prompt or --prompts")
+    if args.prompt and any("\n" in prompt for prompt in args.prompt):
+        raise ValueError("a --prompt is one line")
     given = args.prompt or (shipped.read_prompts(args.prompts) if args.prompts else None)
     prompts, count = given or model.prompts(), args.num_samples
     if count is None:
@@ -143,8 +145,8 @@ def choose_out(args):
 
 def folder_notes(settings, items):
     """What is noted in a folder of images: {file name: text}."""
-    return {"settings.json": json.dumps(settings) + "\n",
-            "items.txt": "".join(f"{item}\n" for item in items)}
+    return {"items.txt": "".join(f"{item}\n" for item in items),
+            "settings.json": json.dumps(settings) + "\n"}
 
 
 def continue_folder(folder, settings, items):
@@ -153,7 +155,7 @@ def continue_folder(folder, settings, items):
     notes = folder_notes(settings, items)
     if not (folder / "settings.json").exists():
         return 0
-    old = {name: (folder / name).read_text() for name in notes}
+    old = {name: (folder / name).read_text(encoding="utf-8") for name in notes}
     lines = old["items.txt"], notes["items.txt"]
     same = lines[0].startswith(lines[1]) or lines[1].startswith(lines[0])  # more or fewer images
     if old["settings.json"] != notes["settings.json"] or not same:
@@ -274,8 +276,9 @@ def main():
     which.add_argument("--schedule", help="none, fora:N, fora-paper:N or random:CUR")
     parser.add_argument("--tau", type=float, help="threshold, if not the router's own")
     parser.add_argument("--labels", help="like 3,1,4, repeated; random; default: each in turn")
-    parser.add_argument("--prompt", action="append", help="a prompt; may be repeated")
-    parser.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    shown.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
     parser.add_argument("--height", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--width", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
@@ -291,6 +294,9 @@ def main():
         raise ValueError("--num-samples and --batch-size must be 1 or more")
 
     out = choose_out(args)
+    device = models.find_device(args.device)
+    if args.sampler and args.steps:
+        make_sampler(args.sampler, args.steps)  # complains before a download
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     model.resize(args.height, args.width)
     steps = model.steps if args.steps is None else args.steps
@@ -302,13 +308,12 @@ def main():
     settings = {
         "model": args.model, "weights": args.weights, "sampler": sampler_name, "steps": steps,
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
-        "dtype": args.dtype, "pixels": model.pixels,
+        "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
     }
     first = 0 if out.suffix else continue_folder(out, settings, items)
     if first == len(items):
         print(f"{out} holds all {first} images")
         return
-    device = models.find_device(args.device)
     model.prepare(items, device)  # the text encoder is gone again before the network comes
     model.to(device)
     decode = make_decoder(model, args)
@@ -327,7 +332,7 @@ def main():
             if start == first:
                 for name, text in folder_notes(settings, items).items():
                     with command.replacing(out / name) as temporary:
-                        temporary.write_text(text)
+                        temporary.write_text(text, encoding="utf-8")
             pictures.write(out, images, start)
         if args.compare:
             kept_full.append(decode(full))

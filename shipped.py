@@ -15,7 +15,7 @@ PARTS = ("all", "train", "held-out")
 
 def held_out(labels, fold=0):
     """Which digits to hold out: 100 of each class, of its 500 the last (fold 0, which every
-    training in this project keeps to), the last but one (fold 1), ... labels (N,) -> bool (N,)."""
+    shipped network keeps to), the last but one (fold 1), ... labels (N,) -> bool (N,)."""
     rank = torch.zeros_like(labels)  # an image's place within its class
     for label in range(10):
         rank[labels == label] = torch.arange((labels == label).sum())
@@ -54,9 +54,19 @@ def emoji_prompts():
     return [captions[j] for j in order]
 
 
+def read_lines(path):
+    """The lines of a text: -> a list. Raises ValueError if it is not UTF-8, FileNotFoundError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error.reason}") from error
+    return lines[:-1] if lines[-1] == "" else lines
+
+
 def read_prompts(path=DATA / "prompts.txt"):
-    """A file of prompts, one a line: -> a list. Raises ValueError if there is none in it."""
-    prompts = Path(path).read_text(encoding="utf-8").splitlines()
-    if not any(prompt.strip() for prompt in prompts):
+    """A file of prompts, one a line, without the blank ones: -> a list. Raises ValueError if there
+    is none in it, and as `read_lines` does."""
+    prompts = [line for line in read_lines(path) if line.strip()]
+    if not prompts:
         raise ValueError(f"{path} holds no prompts: write one a line")
     return prompts

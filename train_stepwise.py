@@ -314,11 +314,11 @@ def main():
     args = parser.parse_args()
 
     settings = settings_of(args)
+    device = models.find_device(args.device)
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     if args.prompts and model.text is None:
         raise ValueError(f"{args.model} is told a class, not a prompt: leave --prompts out")
     prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
-    device = models.find_device(args.device)
     if model.text:
         model.prepare(prompts, device)  # the text encoder is gone again before the network comes
     model.to(device)

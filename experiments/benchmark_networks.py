@@ -14,7 +14,6 @@ import time
 from functools import partial
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 import checkpoint
 import command
@@ -28,6 +27,8 @@ XL = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_chan
 
 def pair(kind, depth, dtype):
     """Our network and diffusers' with its weights, each as a function without arguments."""
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
     if kind == "DiT-XL/2":
         network = random_model({**dit.SIZES["XL/2"], "depth": depth, "input_size": 32}).network
         theirs = DiTTransformer2DModel(**XL, num_layers=depth)

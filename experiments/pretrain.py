@@ -61,6 +61,7 @@ def fit(network, loss, args, state_path, bfloat16=False):
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
+    settings["network"] = type(network).__name__
     first, seconds = 0, 0.0
     command.check_writable(state_path)
     if args.resume and Path(state_path).exists():
@@ -81,7 +82,7 @@ def fit(network, loss, args, state_path, bfloat16=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         # Every step seeds its own generator: nothing about randomness has to be saved.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_000_007 + step)
+        generator = torch.Generator().manual_seed((args.seed * 1_000_000_007 + step) % 2**63)
         # The fused CPU attention is slow on 49 tokens, above all backwards.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             terms = loss(generator, step)
@@ -267,7 +268,8 @@ def epoch_order(step, images, batch, seed):
     places = torch.arange(step * batch, (step + 1) * batch)
     chosen = []
     for epoch in places.div(images, rounding_mode="floor").unique().tolist():
-        generator = torch.Generator().manual_seed(seed * 1_000_000_007 + 500_000_003 + epoch)
+        number = (seed * 1_000_000_007 + 500_000_003 + epoch) % 2**63
+        generator = torch.Generator().manual_seed(number)
         order = torch.randperm(images, generator=generator)
         chosen.append(order[places[places // images == epoch] % images])
     return torch.cat(chosen)
@@ -368,6 +370,9 @@ def main():
     for key, value in SETTINGS[args.model].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if min(args.steps, args.batch_size) < 1 or args.lr <= 0 or not 0 <= args.ema < 1:
+        raise ValueError("--steps and --batch-size must be 1 or more, --lr more than 0, --ema from "
+                         "0 to less than 1")
     args.out = args.out or f"checkpoints/{OUT[args.model]}"
     args.state = args.state or f"runs/pretrain/{args.model}.pt"
     command.check_writable(args.out)

@@ -84,11 +84,13 @@ def test_tf1_resize_reads_from_the_left_edge():
     assert features.resize_tf1(row, 6)[0, 0, 0].tolist() == [0, 5, 10, 25, 40, 40]
 
 
+@pytest.mark.parametrize("new", (False, True))
 @pytest.mark.parametrize("counters", (False, True))
-def test_weights_load_with_and_without_counters_of_batches(inception, tmp_path, counters):
+def test_weights_load_with_and_without_counters_of_batches(inception, tmp_path, counters, new):
+    """And in the format of torch before 1.6, which pytorch-fid's file may have."""
     state = torch.load(inception)
     state = {k: v for k, v in state.items() if counters or not k.endswith("batches_tracked")}
-    torch.save(state, tmp_path / "weights.pth")
+    torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
     loaded = features.load("inception", tmp_path / "weights.pth").state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
 

@@ -218,6 +218,30 @@ def test_clip_score_against_open_clips_own_forward(tiny_clip):
         metrics.clip_score(images, prompts[:4], clip)
 
 
+def test_openais_weights_get_the_activation_they_were_trained_with(tiny_clip, monkeypatch):
+    """Asked for by their tag, as the default is."""
+    import open_clip
+
+    name, path = tiny_clip
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: ["openai"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *args: {"quick_gelu": True})
+    asked = {}
+
+    def create(*args, **kwargs):
+        asked.update(kwargs)
+        return torch.nn.Linear(1, 1), None, None
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    features.load_clip(name, "openai")
+    assert asked == {"force_quick_gelu": True}
+
+
+def test_a_file_that_is_no_clip(tiny_clip, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="bad.pt holds no weights of tiny-test: "):
+        features.load_clip(tiny_clip[0], str(tmp_path / "bad.pt"))
+
+
 def test_unknown_clip_names(tiny_clip):
     with pytest.raises(ValueError, match="unknown CLIP model ViT-Z"):
         features.load_clip("ViT-Z", "openai")
@@ -298,6 +322,25 @@ def test_statistics_of_another_network_are_refused(digits, tmp_path):
     with pytest.raises(ValueError, match="another network: of Inception 2015-12-05, resize pytorch-"
                                          "fid, not of digits classifier"):
         metrics.evaluate(random_images(5, 28, 28, 3), tmp_path / "other.npz", network=digits)
+
+
+def test_statistics_of_two_networks_are_not_compared(digits):
+    a = metrics.extract(random_images(5, 28, 28, 3), digits)
+    b = metrics.dataclasses.replace(a, network="Inception 2015-12-05, resize tf1")
+    with pytest.raises(ValueError, match="features of digits classifier and of Inception 2015"):
+        metrics.compare(a, b)
+
+
+def test_three_images_have_a_fid_but_no_precision(digits):
+    values = metrics.evaluate(random_images(3, 28, 28, 3), network=digits)
+    assert set(values) == {"fid", "sfid", "is"}
+
+
+def test_saved_statistics_say_which_network_they_need(digits, tmp_path):
+    metrics.save_statistics(tmp_path / "a.npz", metrics.extract("digits-held-out", digits))
+    assert metrics.usual_features(tmp_path / "a.npz") == "digits"
+    assert metrics.usual_features(metrics.extract("emoji", features.load("emoji"))) == "emoji"
+    assert metrics.usual_features("pictures") == "inception"
 
 
 def test_damaged_statistics(digits, tmp_path):
@@ -393,7 +436,9 @@ def test_the_emojis_own_numbers(tmp_path, monkeypatch, capsys):
     (["digits", "--metrics", "kid"], "unknown metric kid: use fid, sfid, is, precision"),
     (["digits", "--features", "vgg"], "unknown features vgg: use inception, digits or emoji"),
     (["digits", "--reference", "digits-train", "--features", "inception"], "could not download"),
-    (["digits", "--save-stats", "."], "cannot write .: it is a folder"),
+    (["digits", "--save-stats", "x.dat"], "--save-stats takes a name that ends in .npz, not x.dat"),
+    (["digits", "--metrics", "fid, ,kid"], "unknown metric kid"),
+    (["digits", "--reference", "nothing"], "nothing is no folder of images"),
     (["digits", "--batch-size", "0"], "--batch-size must be 1 or more"),
 ))
 def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):

@@ -49,7 +49,10 @@ def test_emoji_are_those_that_the_model_knows():
 def test_prompts_from_a_file(tmp_path):
     assert len(shipped.read_prompts()) >= 100
     (tmp_path / "a.txt").write_text("a dog\n\nein \u00c4ffchen\n", encoding="utf-8")
-    assert shipped.read_prompts(tmp_path / "a.txt") == ["a dog", "", "ein \u00c4ffchen"]
+    assert shipped.read_prompts(tmp_path / "a.txt") == ["a dog", "ein \u00c4ffchen"]
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="b.txt is not a text in UTF-8"):
+        shipped.read_prompts(tmp_path / "b.txt")
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompts: write one a line"):
         shipped.read_prompts(tmp_path / "a.txt")
