@@ -401,8 +401,9 @@ def evaluate(images, reference="digits", metrics=None, network=None, batch_size=
     """The metrics of images against a reference, by name (see `compare`).
 
     Both are anything that `pictures.read` takes, an npz of statistics, or Statistics (so that a
-    reference is made once for many sets); `network` is a feature network (default: the digits
-    classifier for the digits, else Inception). The CLIP score has a function of its own.
+    reference is made once for many sets); `network` is a feature network (by default the
+    reference's usual one). The CLIP score has a function of its own, `clip_score`, and so has the
+    error to the images of the same noise without a cache, `paired_error`.
     Raises ValueError, FileNotFoundError, ConnectionError, with one line that says what to do.
     """
     if network is None:
