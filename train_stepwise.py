@@ -268,6 +268,8 @@ def save_run(out, model, settings, logits, timesteps, lambda_, results):
     about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}"}
     if settings["objective"] == "ltc":
         about["proxy"] = "none"
+    if not about.get("prompts"):  # a model that is told a class, or its own prompts
+        about.pop("prompts", None)
     routers.save(out / "router.safetensors", logits, **about)
     timesteps = [f"{t:.5g}" for t in timesteps]  # a solver's are fractional
     picture = routers.heat_map(
