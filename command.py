@@ -1,5 +1,5 @@
-"""What every command shares: files that are written whole or not at all, a user's mistake that
-ends in one clear line and exit code 2, and the flags that mean the same everywhere."""
+"""What every command shares: files that are written, or downloaded, whole or not at all, a user's
+mistake that ends in one clear line and exit code 2, and the flags that mean the same everywhere."""
 
 import argparse
 import contextlib

@@ -350,7 +350,8 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
     `pretrained` is a tag of open_clip's, downloaded on first use, or a file (OpenAI's weights from
     a file need a model whose name ends in -quickgelu). The model `emoji` is the shipped encoder.
 
-    Raises ValueError for an unknown name, ConnectionError if the weights cannot be downloaded.
+    Raises ValueError for an unknown name or a file that is no such CLIP, ConnectionError if the
+    weights cannot be downloaded.
     """
     if model == "emoji":
         def tokenizer(prompts):

@@ -135,8 +135,8 @@ def digits(weights):
 
 
 def emoji(weights):
-    """This project's small PixArt on the 32 x 32 pixels of emoji, which it knows by heart, trained
-    by experiments/pretrain.py. Its prompts are hashed words."""
+    """A small PixArt on the 32 x 32 pixels of emoji, which it is to know by heart, trained by
+    experiments/pretrain.py; not shipped yet. Its prompts are hashed words."""
     network = pixart.PixArt(**pixart.SIZES["emoji"])
     weights = weights or SHIPPED / "emoji_pixart.safetensors"
     if not Path(weights).is_file():

@@ -37,9 +37,9 @@ def digits(part="all"):
 
 
 def emoji(every=False):
-    """The emoji that the small text-to-image model knows, all but flags, symbols, components and
-    people; with `every` these too, behind the others. -> images uint8 (1026 or 1911, 3, 32, 32) and
-    as many captions, a list."""
+    """The emoji that the small text-to-image model is to know, all but flags, symbols, components
+    and people; with `every` these too, behind the others. -> images uint8 (1026 or 1911, 3, 32, 32)
+    and as many captions, a list."""
     with np.load(DATA / "emoji32.npz") as data:
         other = np.isin(data["categories"], ("Flags", "Symbols", "Component", "People & Body"))
         order = np.argsort(other, kind="stable")[: None if every else (~other).sum()]

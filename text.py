@@ -151,15 +151,11 @@ def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=Non
         return kept[key]
     if file:
         command.check_writable(file)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type != "cpu"
-    tokenizer, encoder = load_t5(model, dtype or (torch.bfloat16 if on_gpu else torch.float32))
+    tokenizer, encoder, device = place_t5(model, device, dtype)
     ids = tokenizer("", padding="max_length", max_length=max_length, return_tensors="pt").to(device)
-    encoder = encoder.eval().to(device)
     features = encoder(ids.input_ids, ids.attention_mask).last_hidden_state[0].cpu()  # (L, C)
     del encoder
-    if on_gpu:
-        torch.cuda.empty_cache()
+    free_memory(device)
     if file:
         append_kept(file, {key: features})
     return features
@@ -191,10 +187,7 @@ def append_kept(file, new):
 @torch.no_grad()
 def run_t5(texts, model, max_length, device=None, dtype=None, batch_size=8):
     """Yields each text's features (n, C), on the CPU, in the encoder's dtype."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type != "cpu"
-    tokenizer, encoder = load_t5(model, dtype or (torch.bfloat16 if on_gpu else torch.float32))
-    encoder.eval().to(device)
+    tokenizer, encoder, device = place_t5(model, device, dtype)
     for first in tqdm(range(0, len(texts), batch_size), "T5", unit="batch", disable=None):
         tokens = [tokenize(tokenizer, t, max_length) for t in texts[first : first + batch_size]]
         lengths = [len(ids) for ids in tokens]
@@ -206,8 +199,7 @@ def run_t5(texts, model, max_length, device=None, dtype=None, batch_size=8):
         for row, n in zip(features, lengths, strict=True):  # row (longest, C)
             yield row[:n].clone()
     del encoder
-    if on_gpu:
-        torch.cuda.empty_cache()
+    free_memory(device)
 
 
 def tokenize(tokenizer, text, max_length):
@@ -217,6 +209,20 @@ def tokenize(tokenizer, text, max_length):
         warn_of_cut(text, max_length, tokenizer.decode(ids[max_length - 1 : -1]))
         ids = ids[: max_length - 1] + ids[-1:]
     return torch.tensor(ids)
+
+
+def place_t5(model, device, dtype):
+    """-> the tokenizer, the encoder on its device, and the device; defaults as in `encode_each`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tokenizer, encoder = load_t5(model, dtype or usual)
+    return tokenizer, encoder.eval().to(device), device
+
+
+def free_memory(device):
+    """Gives a GPU back what a tensor that is gone has left reserved."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def load_t5(model, dtype):

@@ -1,7 +1,7 @@
 """Time and memory, measured side by side on the CPU: what the cache costs beyond the branches that
 it skips, and what an iteration of training costs beside the same one in the official code's way.
 
-    python -m experiments.benchmark                      # all, about 15 minutes on 2 idle cores
+    python -m experiments.benchmark                      # 12 minutes on 2 cores, and pixart
     python -m experiments.benchmark --only digits --repeats 9
 
 cache     the denoising loop at DiT-XL's width: cached / (uncached - skipped branches), bar 1.05

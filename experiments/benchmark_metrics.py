@@ -1,6 +1,6 @@
 """Time and memory of the metrics, random weights and features: only the shapes matter.
 
-    python -m experiments.benchmark_metrics              # about 3 minutes on 2 idle cores
+    python -m experiments.benchmark_metrics              # about a minute on one core
 
 extraction   Inception's features of the same images, ours and torch-fidelity's, in turn; bar 0.97
 neighbours   precision and recall at 10,000 x 10,000 x 2048: seconds and peak memory, bar 4 GB

@@ -1,7 +1,7 @@
 """One step of our networks against the same ones in diffusers, with equal random weights and input,
 in turn.
 
-    python -m experiments.benchmark_networks --depth 28      # XL/2, 10 GB
+    python -m experiments.benchmark_networks --depth 28      # XL/2, 8 GB by calculation
     python -m experiments.benchmark_networks --depth 2 --dtype bfloat16
 
 A step is a batch of two rows, with the label or caption and without, as guidance asks for. What is

@@ -6,7 +6,7 @@
     python -m experiments.pretrain --model emoji-encoder
 
 The DiT's training is its paper's (section 3; the loss is IDDPM's). Interrupt a run at any time; the
-same command with --resume goes on to the bitwise same weights.
+same command with --resume goes on to the bitwise same weights (with --compile that is not tested).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def fit(network, loss, args, state_path, bfloat16=False):
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
-    settings["network"] = type(network).__name__
+    settings |= {"network": type(network).__name__, "compile": args.compile}
     first, seconds = 0, 0.0
     command.check_writable(state_path)
     if args.resume and Path(state_path).exists():

@@ -69,7 +69,7 @@ def test_labels_are_dropped_for_guidance():
 
 
 def arguments(folder, **changes):
-    settings = dict(steps=5, batch_size=2, lr=1e-3, ema=0.9, seed=0, resume=True,
+    settings = dict(steps=5, batch_size=2, lr=1e-3, ema=0.9, seed=0, resume=True, compile=False,
                     out=str(folder / "weights.safetensors"), state=str(folder / "state.pt"))
     return argparse.Namespace(**{**settings, **changes})
 
