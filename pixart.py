@@ -22,6 +22,7 @@ from torch import nn
 
 import checkpoint
 from dit import Attention, Mlp, PatchEmbedder, TimestepEmbedder, compute, grid_embedding, modulate
+from samplers import noise_levels
 
 # ------------------------------------------------------------------------------------------------
 # The published variants: all have the default width, depth and heads (XL/2). `pe_interpolation`
@@ -36,7 +37,7 @@ SIZES = {
     "sigma1024": dict(input_size=128, pe_interpolation=2.0, model_max_length=300),
     "sigma2048": dict(input_size=256, pe_interpolation=4.0, model_max_length=300),
     "emoji": dict(  # the small model that this project ships: 32 x 32 colour pixels, no latents
-        hidden_size=192, depth=6, num_heads=6, patch_size=4,
+        hidden_size=256, depth=6, num_heads=8, patch_size=8, predict_v=True,
         input_size=32, in_channels=3, caption_channels=128, model_max_length=12,
     ),
 }  # fmt: skip
@@ -126,6 +127,15 @@ class FinalLayer(nn.Module):
 # The network
 
 
+def noise_of_v(output, x, t):
+    """Turns the leading channels of a network's output (B, C or 2 C, H, W), v at x (B, C, H, W) and
+    t (B,), into eps = sigma x + alpha v; the variance channels stay as they are."""
+    C = x.shape[1]
+    alpha, sigma, _ = noise_levels(t.cpu().numpy())
+    alpha, sigma = (torch.from_numpy(level).to(x)[:, None, None, None] for level in (alpha, sigma))
+    return torch.cat([sigma * x + alpha * output[:, :C], output[:, C:]], dim=1)
+
+
 class PixArt(nn.Module):
     """The whole network. Parameter names are the official checkpoint's keys.
 
@@ -134,7 +144,11 @@ class PixArt(nn.Module):
         L, `num_heads`, `mlp_ratio`, `caption_channels`, `model_max_length` M, `learn_sigma`:
         predict the variance beside the noise, so that C_out = 2 C, else C; `pe_interpolation`, the
         divisor of the tokens' places; `micro_conditions`: also look at the picture's size and
-        aspect ratio (alpha 1024).
+        aspect ratio (alpha 1024). And one of our own, `predict_v`: what comes out of the last layer
+        is v = alpha eps - sigma x_0 (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512,
+        appendix D), of which `forward` makes the noise. Where x is nearly all noise, a network of
+        eps has to copy x to within a hundredth before what it thinks of x_0 counts at all; v is
+        then -x_0.
     Attributes: `branches`, the names of the K cacheable branches in execution order;
         `guidance_channels`, how many leading channels classifier-free guidance acts on: all, as the
         official code has it with DPM-Solver++ and SA-Solver (with IDDPM the first three: set it).
@@ -144,7 +158,7 @@ class PixArt(nn.Module):
     def __init__(
         self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
         num_heads=16, mlp_ratio=4.0, caption_channels=4096, model_max_length=120,
-        learn_sigma=True, pe_interpolation=1.0, micro_conditions=False,
+        learn_sigma=True, pe_interpolation=1.0, micro_conditions=False, predict_v=False,
     ):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
@@ -159,6 +173,7 @@ class PixArt(nn.Module):
         self.hidden_size, self.mlp_ratio = hidden_size, mlp_ratio
         self.caption_channels, self.model_max_length = caption_channels, model_max_length
         self.pe_interpolation, self.micro_conditions = pe_interpolation, micro_conditions
+        self.predict_v = predict_v
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guidance_channels = in_channels
         self.diffusers = DIFFUSERS  # how that library names these weights
@@ -200,7 +215,8 @@ class PixArt(nn.Module):
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, y, mask, modulation, cache or compute, 3 * i)  # (B, N, D)
         patches = self.final_layer(tokens, c)  # (B, N, P * P * C_out)
-        return self.unpatchify(patches, H, W).to(x.dtype)  # (B, C_out, H, W)
+        output = self.unpatchify(patches, H, W).to(x.dtype)  # (B, C_out, H, W)
+        return noise_of_v(output, x, t) if self.predict_v else output
 
     def places(self, rows, columns, device=None):
         """The position embedding of rows x columns tokens: -> (N, D) float32. Whatever their

@@ -36,7 +36,7 @@ DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifi
 SETTINGS = {  # EMA 0 is no average
     "digits": dict(steps=8000, batch_size=64, lr=2e-3, ema=0.999),
     "digits-classifier": dict(steps=2000, batch_size=64, lr=3e-3, ema=0.0),
-    "emoji": dict(steps=6000, batch_size=16, lr=1.5e-3, ema=0.999),
+    "emoji": dict(steps=9000, batch_size=32, lr=1.5e-3, ema=0.999),
     "emoji-encoder": dict(steps=1500, batch_size=128, lr=2e-3, ema=0.0),
 }
 OUT = {
@@ -112,12 +112,13 @@ def fit(network, loss, args, state_path, bfloat16=False):
     return average.eval(), seconds / 3600
 
 
-def save_weights(path, network, args, **about):
+def save_weights(path, network, args, dtype=torch.float32, **about):
     """Writes a network's weights, with how they were made as the file's metadata."""
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
     metadata = {key: str(value) for key, value in (settings | about).items()}
+    state = {key: value.to(dtype) for key, value in network.state_dict().items()}
     with command.replacing(path) as temporary:
-        temporary.write_bytes(save(network.state_dict(), metadata))
+        temporary.write_bytes(save(state, metadata))
     print(f"wrote {path}: {metadata}")
 
 
@@ -139,12 +140,12 @@ def bfloat16_is_faster():
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def training_loss(network, schedule, images, labels, generator, limit=1.0):
+def training_loss(network, schedule, images, labels, generator, of_v=False):
     """IDDPM's hybrid loss on one batch: mean w (eps - eps_theta)^2, plus the KL divergence (bits)
     of each pixel's learned p(x' | x) from q(x' | x, x_0), which trains the variance only.
 
-    w is min(1 / alpha_bar, limit), so 1 by default. Without the limit the first term is the squared
-    error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, appendix D).
+    w is 1, or 1 / alpha_bar, which makes the first term the squared error of v = sqrt(alpha_bar)
+    eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, appendix D).
     """
     B = len(images)
     i = torch.randint(len(schedule.timesteps), (B,), generator=generator)  # executed order
@@ -168,7 +169,7 @@ def training_loss(network, schedule, images, labels, generator, limit=1.0):
     log_p = v * at(schedule.log_beta) + (1 - v) * log_q
     distance = (from_x0 * (images - x0)) ** 2
     kl = 0.5 * (log_p - log_q - 1 + torch.exp(log_q - log_p) + distance * torch.exp(-log_p))
-    mse = ((1 / a).clamp(max=limit) * (eps - noise).square()).mean()
+    mse = ((eps - noise).square() / (a if of_v else 1)).mean()
     return mse, kl.mean() / math.log(2)
 
 
@@ -278,7 +279,7 @@ def epoch_order(step, images, batch, seed):
 def train_emoji(args):
     """The PixArt that `--model emoji` samples with. It is meant to learn 1,026 emoji by heart, so
     none is held out. What a caption says decides the image while there is hardly anything but noise
-    in it, and there the error of eps is tiny: hence the weight, up to 100."""
+    in it. There the error of eps is tiny, whatever image it belongs to; that of v is not."""
     torch.manual_seed(args.seed)  # for the initialisation and the null caption only
     network = pixart.initialize(pixart.PixArt(**pixart.SIZES["emoji"]))
     schedule = DDPM(1000)
@@ -290,11 +291,11 @@ def train_emoji(args):
 
     def loss(generator, step):
         batch = epoch_order(step, len(images), args.batch_size, args.seed)
-        mse, kl = training_loss(captioned, schedule, images[batch], batch, generator, limit=100)
+        mse, kl = training_loss(captioned, schedule, images[batch], batch, generator, of_v=True)
         return {"mse": mse, "kl": kl}
 
     average, hours = fit(network, loss, args, args.state)
-    save_weights(args.out, average, args, hours=f"{hours:.2f}", data="emoji32.npz")
+    save_weights(args.out, average, args, torch.float16, hours=f"{hours:.2f}", data="emoji32.npz")
 
 
 # ------------------------------------------------------------------------------------------------

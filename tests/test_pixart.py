@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import dit
 import pixart
+import samplers
 from cache import Cache
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -327,8 +329,25 @@ def test_published_sizes_have_the_weights_that_diffusers_has(name):
 
 def test_the_emoji_model_is_small_enough_to_ship():
     network = pixart.PixArt(**pixart.SIZES["emoji"])
-    assert sum(value.nbytes for value in network.state_dict().values()) < 15.9e6
-    assert network.places(8, 8).shape == (64, 192) and len(network.branches) == 18
+    assert sum(2 * value.numel() for value in network.state_dict().values()) < 15.9e6  # in float16
+    assert network.places(4, 4).shape == (16, 256) and len(network.branches) == 18
+
+
+@SEEDS
+def test_a_network_that_predicts_v_says_which_noise_that_is(seed):
+    """By the definition of v: of the eps that it names and of the x_0 that goes with it, v is what
+    its last layer says, whole and fractional timesteps alike."""
+    network, other = (tiny_pixart(seed, predict_v=flag) for flag in (True, False))
+    x, t, *condition = inputs(network, seed)
+    t[0] = 999
+    eps, v = (each(x, t, *condition).double()[:, :2] for each in (network, other))
+    low = t.long()
+    upper = (low + 1).clamp(max=999)
+    log = torch.from_numpy(np.log(samplers.ALPHA_BAR))
+    a = torch.exp(torch.lerp(log[low], log[upper], (t - low).double()))[:, None, None, None]
+    x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+    assert relative_error(a.sqrt() * eps - (1 - a).sqrt() * x0, v) < 1e-4
+    assert torch.equal(network(x, t, *condition)[:, 2:], other(x, t, *condition)[:, 2:])
 
 
 def test_initialize_starts_with_no_output_but_a_caption_that_is_heard():
