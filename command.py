@@ -134,3 +134,16 @@ def synchronize(device):
     """Waits for the device, so that a clock read next counts the work given to it before."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """The most memory that this process ever took, in bytes: on a GPU what torch had on it, else
+    all of the process's. None where the system does not tell (Windows)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

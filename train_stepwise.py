@@ -42,15 +42,18 @@ from sample import guided
 from samplers import Noise, make_sampler
 
 # Settings found for digits by measurement: a logit moves at most lr per update of its row, so a
-# short run needs a high rate. Emoji has the same ones, not measured yet.
+# short run needs a high rate. Emoji has the same ones, not measured yet. Without lambda, beta is of
+# another size: there is one for each objective.
 DEFAULTS = {
-    "digits": dict(beta=4e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
-    "emoji": dict(beta=4e-7, lr=0.1, iterations=2000, lambda_every=400, batch_size=8),
+    "digits": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
+                   batch_size=8),
+    "emoji": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
+                  batch_size=8),
 }
 # Those published for DiT-XL/2 (64 rows a batch, counting both guidance halves), which the others
-# start from: for PixArt the paper does not give any.
-PUBLISHED = dict(beta=4e-8, lr=0.01, iterations=20000, lambda_every=500, batch_size=32,
-                 micro_batch=8)
+# start from: for PixArt the paper does not give any. LTC's beta is Learning-to-Cache's own.
+PUBLISHED = dict(beta=dict(iepo=4e-8, ltc=5e-6), lr=0.01, iterations=20000, lambda_every=500,
+                 batch_size=32, micro_batch=8)
 TRAINING, PROXY = 1, 2  # the purposes of Noise
 
 # ------------------------------------------------------------------------------------------------
@@ -141,18 +144,67 @@ def measure_lambda(model, router, chunks, guidance, tau, variant):
 
 
 # ------------------------------------------------------------------------------------------------
+# The search for beta
+
+class BetaSearch:
+    """With a wanted CUR, beta is moved after every trajectory:
+
+        log beta += wanted CUR - CUR ahead
+
+    A logit takes tens of trajectories from where it starts to the threshold, so the CUR of today
+    would come too late: the CUR ahead is that of the logits where their present pace (a moving
+    average) leads them in 6 / lr trajectories, in which one that always goes one way comes 6 far.
+    Beta found is the (geometric) mean over the last half. Without a wanted CUR beta stands still.
+    """
+
+    def __init__(self, beta, target, tau, lr):
+        self.beta, self.target, self.tau, self.horizon = beta, target, tau, 6 / lr
+        self.logits, self.pace, self.log_betas = None, 0.0, []
+
+    def update(self, logits):
+        """After a trajectory: the table as it is now, (T, K)."""
+        if self.target is None:
+            return
+        logits = logits.cpu()
+        if self.logits is not None:
+            share = max(0.2, 1 / len(self.log_betas))  # of the newest in the average
+            self.pace = (1 - share) * self.pace + share * (logits - self.logits)
+        self.logits = logits
+        ahead = routers.threshold(torch.sigmoid(logits + self.horizon * self.pace), self.tau)
+        self.log_betas.append(math.log(self.beta))
+        self.beta *= math.exp(self.target - routers.cur(ahead))
+
+    def reached(self, cur):
+        """Whether a router of this CUR is what is wanted: within a point of it."""
+        return self.target is None or abs(cur - self.target) < 0.01
+
+    @property
+    def found(self):
+        """The beta that, fixed from the start, would lead there."""
+        last = self.log_betas[len(self.log_betas) // 2 :]
+        return math.exp(sum(last) / len(last)) if last else self.beta
+
+    def state_dict(self):
+        return {key: getattr(self, key) for key in ("beta", "logits", "pace", "log_betas")}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+# ------------------------------------------------------------------------------------------------
 # The run
 
 
-def settings_of(args):
-    """The command's flags, completed by the model's defaults: a plain dict, saved with the run.
+def settings_of(args, defaults):
+    """The command's flags, completed by the model's `defaults`: a plain dict, saved with the run.
     Raises ValueError for a number out of range."""
     settings = {
-        key: value for key, value in vars(args).items() if key not in ("out", "resume", "device")
+        key: value for key, value in vars(args).items()
+        if key not in ("out", "resume", "device", "vae")
     }
-    for key, value in DEFAULTS.get(args.model, PUBLISHED).items():
+    for key, value in defaults.items():
         if settings[key] is None:
-            settings[key] = value
+            settings[key] = value[args.objective] if isinstance(value, dict) else value
     if settings["micro_batch"] is None:
         settings["micro_batch"] = settings["batch_size"]
     if not 0 < settings["tau"] < 1:
@@ -161,8 +213,13 @@ def settings_of(args):
         raise ValueError(f"--beta must be 0 or more, not {settings['beta']}")
     if not 0 < settings["lr"] < math.inf:
         raise ValueError(f"--lr must be more than 0, not {settings['lr']}")
+    target = settings["target_cur"]
+    if target is not None and not 0 < target < 1:
+        raise ValueError(f"--target-cur is a share, like 0.4 for 40 %, not {target}")
+    if target is not None and settings["beta"] == 0:
+        raise ValueError("--target-cur starts from --beta, which must be more than 0")
     for key in ("iterations", "lambda_every", "batch_size", "micro_batch"):
-        if settings[key] < 1:
+        if settings.get(key, 1) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be 1 or more, not {settings[key]}")
     return settings
 
@@ -187,20 +244,47 @@ def open_run(out, settings, resume):
 
 
 def train(model, settings, out, resume=False, prompts=None):
-    """A whole run, new or resumed, in the folder `out`; `prompts` is a list for a text model.
+    """SDT, new or resumed, in the folder `out`; `prompts` is a list for a text model.
     -> a dict of results."""
-    steps, sampler_name = settings["steps"], settings["sampler"]
-    sampler = make_sampler(sampler_name, steps)
-    branches = model.network.branches
-    router = routers.Router(steps, len(branches), settings["seed"]).to(model.device)
+    sampler = make_sampler(settings["sampler"], settings["steps"])
+    every = math.ceil(settings["lambda_every"] / settings["steps"])
+    guidance, tau, B = settings["guidance"], settings["tau"], settings["batch_size"]
+
+    def trajectory(n, router, optimizer, beta, lambda_):
+        def chunks(purpose):
+            return chunks_of(model, sampler, settings["seed"], range(n * B, (n + 1) * B),
+                             settings["micro_batch"], purpose, prompts)
+
+        if settings["objective"] == "iepo" and n % every == 0:
+            lambda_ = measure_lambda(model, router, chunks(PROXY), guidance, tau, settings["proxy"])
+        losses, errors = train_trajectory(
+            model, router, optimizer, chunks(TRAINING), lambda_, guidance, tau, beta
+        )
+        return losses, errors, lambda_
+
+    router = routers.Router(settings["steps"], len(model.network.branches), settings["seed"])
+    return run(model, settings, out, resume, sampler, router, trajectory, settings["steps"])
+
+
+def run(model, settings, out, resume, sampler, router, trajectory, length):
+    """The loop over trajectories of `length` iterations, with everything that a run keeps.
+
+    `trajectory(n, router, optimizer, beta, lambda_)` trains on the n-th and gives its losses and
+    squared errors, lists of T, and lambda, which it may have measured anew. -> a dict of results.
+    """
+    router.to(model.device)
     # AdamW skips parameters without a gradient: every row has moments and a step count of its own.
     optimizer = torch.optim.AdamW(router.parameters(), settings["lr"], weight_decay=0)
-    lambda_ = [1.0] * steps
+    planned = math.ceil(settings["iterations"] / length)
+    search = BetaSearch(settings["beta"], settings["target_cur"], settings["tau"],
+                        settings["lr"])
+    lambda_ = [1.0] * settings["steps"]
     done, curs, seconds = 0, [], 0.0
     state = open_run(out, settings, resume)
     if state:
         router.load_state_dict(state["router"])
         optimizer.load_state_dict(state["optimizer"])
+        search.load_state_dict(state["search"])
         lambda_, done, curs, seconds = (
             state[key] for key in ("lambda", "trajectories", "curs", "seconds")
         )
@@ -208,46 +292,33 @@ def train(model, settings, out, resume=False, prompts=None):
     log = out / "log.jsonl"
     keep_lines(log, done)
 
-    trajectories = math.ceil(settings["iterations"] / steps)
-    every = math.ceil(settings["lambda_every"] / steps)
-    bar = tqdm(total=trajectories * steps, initial=done * steps, unit="iteration", disable=None)
-    for n in range(done, trajectories):
+    bar = tqdm(total=planned * length, initial=done * length, unit="iteration", disable=None)
+    n = done
+    while n < planned or (n < 2 * planned and not search.reached(curs[-1])):
         start = time.perf_counter()
-        B = settings["batch_size"]
-
-        def chunks(purpose, images=range(n * B, (n + 1) * B)):
-            return chunks_of(model, sampler, settings["seed"], images, settings["micro_batch"],
-                             purpose, prompts)
-
-        measured = settings["objective"] == "iepo" and n % every == 0
-        if measured:
-            bar.set_postfix_str("measuring lambda")
-            lambda_ = measure_lambda(model, router, chunks(PROXY), settings["guidance"],
-                                     settings["tau"], settings["proxy"])
-        losses, errors = train_trajectory(
-            model, router, optimizer, chunks(TRAINING), lambda_, settings["guidance"],
-            settings["tau"], settings["beta"],
-        )
-
+        beta, before = search.beta, lambda_
+        losses, errors, lambda_ = trajectory(n, router, optimizer, beta, lambda_)
         schedule = routers.threshold(torch.sigmoid(router.logits()), settings["tau"])
         curs.append(routers.cur(schedule))
+        search.update(router.logits())
         seconds += time.perf_counter() - start
+        n += 1
         line = {
-            "trajectory": n, "iteration": (n + 1) * steps, "loss": sum(losses) / (steps - 1),
-            "mse": errors, "cur": curs[-1], "computed": schedule.sum(1).tolist(),
+            "trajectory": n - 1, "iteration": n * length, "loss": sum(losses) / (len(losses) - 1),
+            "mse": errors, "cur": curs[-1], "computed": schedule.sum(1).tolist(), "beta": beta,
             "seconds": round(seconds, 3),
         }
-        if measured:
+        if lambda_ is not before:
             line["lambda"] = lambda_
         # The log first: lines beyond the state are cut off again when a run is resumed.
         with open(log, "a") as file:
             file.write(json.dumps(line) + "\n")
         command.save_state(out / "state.pt", {
             "settings": settings, "router": router.state_dict(),
-            "optimizer": optimizer.state_dict(), "lambda": lambda_, "trajectories": n + 1,
-            "curs": curs, "seconds": seconds,
+            "optimizer": optimizer.state_dict(), "search": search.state_dict(), "lambda": lambda_,
+            "trajectories": n, "curs": curs, "seconds": seconds,
         })
-        bar.update(steps)
+        bar.update(length)
         bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * curs[-1]:.1f} %")
     bar.close()
 
@@ -255,21 +326,26 @@ def train(model, settings, out, resume=False, prompts=None):
     results = {
         "cur": curs[-1],
         "cur_before_last_quarter": curs[len(curs) * 3 // 4 - 1] if len(curs) >= 4 else 0.0,
-        "lr_updates": settings["lr"] * trajectories,
-        "iterations": trajectories * steps,
+        "lr_updates": settings["lr"] * n,
+        "iterations": n * length,
+        "beta": search.found,
         "seconds": seconds,
+        "images": n * length * settings["batch_size"] if "images" in settings else 0,  # real ones
+        "peak_memory": command.peak_memory(model.device),
     }
+    write_json(out / "results.json", results)
     save_run(out, model, settings, logits, sampler.timesteps, lambda_, results)
     return results
 
 
 def save_run(out, model, settings, logits, timesteps, lambda_, results):
     """Writes what a finished run is for: the router and the pictures of it and of lambda."""
-    about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}"}
+    about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}",
+             "beta": results["beta"]}
+    about = {key: value for key, value in about.items()
+             if value or key not in ("prompts", "images", "target_cur")}
     if settings["objective"] == "ltc":
         about["proxy"] = "none"
-    if not about.get("prompts"):  # a model that is told a class, or its own prompts
-        about.pop("prompts", None)
     routers.save(out / "router.safetensors", logits, **about)
     timesteps = [f"{t:.5g}" for t in timesteps]  # a solver's are fractional
     picture = routers.heat_map(
@@ -298,6 +374,9 @@ def main():
     )
     command.add_model_flags(parser)
     parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=float,
+                        help="find the beta that leads to this share of reuse, like 0.4: --beta is "
+                             "where the search starts")
     parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
                         help="iepo weighs each step's error by lambda, ltc does not (iepo)")
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
@@ -315,7 +394,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     args = parser.parse_args()
 
-    settings = settings_of(args)
+    settings = settings_of(args, DEFAULTS.get(args.model, PUBLISHED))
     device = models.find_device(args.device)
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     if args.prompts and model.text is None:
@@ -330,16 +409,23 @@ def main():
     out = args.out or Path("runs") / args.model
     print(f"{args.model} on {model.device}: {settings['objective']}, beta {settings['beta']:g}, "
           f"{settings['sampler']}, T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    results = train(model, settings, out, args.resume, prompts)
+    tell(train(model, settings, out, args.resume, prompts), settings, model, out)
 
+
+def tell(results, settings, model, out):
+    """Prints what a run came to, and whether it was long enough."""
     moved = 100 * (results["cur"] - results["cur_before_last_quarter"])
     print(f"CUR {100 * results['cur']:.1f} %; it moved by {moved:+.1f} points in the last quarter "
           + ("(still moving: train longer)" if abs(moved) >= 1 else "(settled)"))
+    if settings["target_cur"] is not None:
+        found = abs(results["cur"] - settings["target_cur"]) < 0.01
+        print(f"beta found: {results['beta']:.3g}"
+              + ("" if found else "; the CUR is not there yet: start from it, by --beta"))
     print(f"lr x updates per row {results['lr_updates']:g}"
           + ("" if results["lr_updates"] >= 8 else
              " (below 8: rows may not have reached the threshold; raise --lr or --iterations)"))
-    if model.device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if results["peak_memory"]:
+        print(f"peak memory {results['peak_memory'] / 2**30:.2f} GiB")
     print(f"{results['seconds']:.0f} s; wrote {out}/router.safetensors, router.png and log.jsonl")
 
 

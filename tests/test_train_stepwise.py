@@ -238,6 +238,62 @@ def test_evaluations_are_counted(T):
 
 
 # ------------------------------------------------------------------------------------------------
+# The search for beta
+
+
+@pytest.mark.parametrize("start", (5e-7, 1e-5))
+@pytest.mark.parametrize("target", (0.25, 0.4, 0.55))
+def test_a_wanted_cur_is_found(target, start):
+    """On made-up branches, each worth its own beta, over three decades: a logit falls while beta is
+    above that, and rises while it is below, by lr a trajectory at most, as AdamW moves it."""
+    generator = torch.Generator().manual_seed(0)
+    worth = -4 - 3 * torch.rand(20, 16, generator=generator)  # log10
+    first = torch.randn(20, 16, generator=generator)
+    lr = 0.1
+
+    def moved(logits, beta):
+        noise = 0.3 * torch.randn(20, 16, generator=generator)
+        return (logits - lr * (2 * (math.log10(beta) - worth) + noise).clamp(-1, 1)).clamp(-5, 5)
+
+    def cur(logits):
+        return routers.cur(routers.threshold(torch.sigmoid(logits), 0.1))
+
+    search, logits = train_stepwise.BetaSearch(start, target, 0.1, lr), first
+    for n in range(110):
+        logits = moved(logits, search.beta)
+        if n == 50:  # saved and loaded
+            state = copy.deepcopy(search.state_dict())
+            search = train_stepwise.BetaSearch(start, target, 0.1, lr)
+            search.load_state_dict(state)
+        search.update(logits)
+        if n > 90 and search.reached(cur(logits)):
+            break
+    assert search.reached(cur(logits)) and abs(cur(logits) - target) < 0.01
+    logits = first
+    for _ in range(100):  # a fresh run with the beta found
+        logits = moved(logits, search.found)
+    assert abs(cur(logits) - target) < 0.05  # on digits it was within three points
+
+
+def test_without_a_wanted_cur_beta_stands_still():
+    search = train_stepwise.BetaSearch(3e-7, None, 0.1, 0.1)
+    search.update(torch.zeros(4, 6))
+    assert search.beta == search.found == 3e-7 and search.reached(0.9)
+
+
+@pytest.mark.parametrize("target", (0.2, 0.5))
+def test_a_run_ends_where_it_was_told_to(tmp_path, target):
+    settings = tiny_settings(target_cur=target, lr=1.0, iterations=80)
+    results = train_stepwise.train(tiny_model(), settings, tmp_path / "run")
+    assert 80 <= results["iterations"] <= 160
+    assert abs(results["cur"] - target) < 0.01 or results["iterations"] == 160
+    about = routers.load(tmp_path / "run" / "router.safetensors").about
+    assert float(about["target_cur"]) == target and float(about["beta"]) == results["beta"] != 1e-3
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved == results and saved["images"] == 0 and saved["peak_memory"] > 1e6
+
+
+# ------------------------------------------------------------------------------------------------
 # Runs in this process, on the tiny network
 
 
@@ -245,7 +301,7 @@ def tiny_settings(**changes):
     settings = dict(
         model="tiny", weights=None, steps=4, sampler="ddim", guidance=SCALE, seed=0, dtype=None,
         beta=1e-3, objective="iepo", proxy="leave-one-out", tau=TAU, lr=0.2, iterations=24,
-        lambda_every=8, batch_size=2, micro_batch=2,
+        lambda_every=8, batch_size=2, micro_batch=2, target_cur=None,
     )
     return {**settings, **changes}
 

@@ -1,0 +1,470 @@
+"""The tables of the paper (https://arxiv.org/abs/2410.01723, section 4), re-run: every way to save
+time beside the others, on the same noise.
+
+    python -m experiments.paper_table                              # digits, T = 20
+    python -m experiments.paper_table --steps 10 --curs 40
+    python -m experiments.paper_table --model emoji --curs 40
+    python -m experiments.paper_table --model dit256 --curs 35 --num-samples 50000 \\
+        --reference VIRTUAL_imagenet256_labeled.npz --images train
+
+Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a random schedule and the
+routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
+HarmoniCa with the official code's cumulative proxy. Routers that are not in checkpoints/table are
+trained first, with --target-cur. The folder --out gets table.md, table.json, quality.png, and
+error.png (how far x_t is from the uncached trajectory, step by step). What is there already is not
+made again, so that the command goes on where it was interrupted.
+
+Letters: T denoising steps, K branches, CUR the cache utilisation ratio.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import command
+import features
+import metrics
+import models
+import pictures
+import router as routers
+import sample
+import shipped
+from cache import Cache
+from samplers import Noise, make_sampler
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "checkpoints" / "table"
+FEWER = {("ddim", 50): 39, ("ddim", 20): 14, ("ddim", 10): 9, ("dpm-solver++", 20): 15,
+         ("ddpm", 100): 75, ("sa-solver", 25): 20}  # steps of the paper's own first baseline
+TRAINED = {  # method: the module that trains its routers, and its flags
+    "Learning-to-Cache": ("experiments.train_ltc", []),
+    "SDT + LTC": ("train_stepwise", ["--objective", "ltc"]),
+    "HarmoniCa": ("train_stepwise", []),
+    "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
+}
+FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
+         "FORA, as reported": "fora-paper:2"}
+
+# ------------------------------------------------------------------------------------------------
+# The rows
+
+
+@dataclasses.dataclass
+class Row:
+    """One set of images: a method at a CUR wanted (None: it has its own) from one seed."""
+
+    model: str
+    sampler: str
+    steps: int
+    method: str
+    target: float | None = None
+    seed: int = 0
+
+    @property
+    def name(self):
+        words = [self.model, self.sampler, self.steps, self.method]
+        words += [] if self.target is None else [f"{100 * self.target:g}", self.seed]
+        return "-".join(str(word).lower() for word in words).translate(
+            {ord(","): None, ord(" "): "_", ord("+"): "p", ord(":"): "_"})
+
+
+def plan(model, sampler, steps, curs, seeds):
+    """The rows of a table: a list."""
+    rows = [Row(model.name, sampler, steps, "no cache")]
+    fewer = FEWER.get((sampler, steps), round(0.75 * steps))
+    rows.append(Row(model.name, sampler, fewer, "fewer steps"))
+    rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
+    for target in curs:
+        for method in ("random", *TRAINED):
+            if method == "Learning-to-Cache" and (
+                target >= 0.5 or model.text or sampler != "ddim"
+            ):
+                continue  # it reuses at every other step at most, and is defined for DDIM
+            rows += [Row(model.name, sampler, steps, method, target, s) for s in range(seeds)]
+    return rows
+
+
+def find_router(row, args, out):
+    """The router file of a trained row, shipped or made in `out` before, or else trained now.
+    -> its path, and what its training took, a dict."""
+    for folder in (SHIPPED, out / "routers"):
+        path = folder / f"{row.name}.safetensors"
+        if path.exists():
+            return path, json.loads(path.with_suffix(".json").read_text())
+    run = out / "training" / row.name
+    module, flags = TRAINED[row.method]
+    flags = ["--model", row.model, "--steps", row.steps, "--sampler", row.sampler, "--target-cur",
+             row.target, "--seed", row.seed, *flags, "--out", run, "--resume"]
+    learning_to_cache = row.method == "Learning-to-Cache"
+    if args.images and learning_to_cache:
+        flags += ["--images", args.images]
+    if not learning_to_cache and args.guidance is not None:
+        flags += ["--guidance", args.guidance]
+    for key in ("weights", "device", "dtype") + (() if learning_to_cache else ("prompts",)):
+        if getattr(args, key) is not None:
+            flags += [f"--{key}", getattr(args, key)]
+    print(f"training {row.name}")
+    done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT)
+    if done.returncode:
+        raise ValueError(f"the training of {row.name} failed: the same command goes on with it")
+    with command.replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text((run / "results.json").read_text())
+    with command.replacing(path) as temporary:
+        temporary.write_bytes((run / "router.safetensors").read_bytes())
+    return path, json.loads(path.with_suffix(".json").read_text())
+
+
+def schedule_of(row, branches, args, out):
+    """-> the row's schedule (steps, K), and what its training took."""
+    if row.method in FIXED:
+        return routers.named(FIXED[row.method], row.steps, branches), {}
+    if row.method == "random":
+        return routers.random(row.steps, branches, row.target, row.seed), {}
+    path, training = find_router(row, args, out)
+    file = routers.load(path)
+    file.check(row.model, row.sampler, row.steps, branches)
+    return file.schedule(), training
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def draw(model, row, schedule, guidance, items, batch_size, decode, path):
+    """Makes a row's images and writes them, uint8 (N, H, W, 3) as `arr_0` of an npz. -> a dict of
+    what sampling them took. The noise of image j is that of every other row's image j."""
+    sampler, cache = make_sampler(row.sampler, row.steps), Cache(schedule)
+    images, seconds = [], []
+    for first in tqdm(range(0, len(items), batch_size), unit="batch", desc=row.name, disable=None):
+        part = items[first : first + batch_size]
+        noise = Noise(0, range(first, first + len(part)))
+        x, condition = noise.start(model.shape, model.device), model.condition(part)
+        if first == 0:  # one evaluation that is not timed, to warm up
+            next(sample.walk(model.network, sampler, x, condition, guidance, noise=noise))
+        x, took = sample.timed_denoise(model, sampler, x, condition, guidance, cache, noise)
+        seconds.append(took / len(part))
+        images.append(decode(x))
+    pictures.write(path, np.concatenate(images))
+    flops, rest = model.network.flops(*(model.size or ()))
+    walks = cache.computed[0] + cache.reused[0]  # evaluations, of all batches
+    spared = sum(n * f for n, f in zip(cache.reused, flops, strict=True)) / walks
+    return {
+        "cur": cache.cur, "seconds": statistics.median(seconds),
+        "gflop": 2 * row.steps * (sum(flops) + rest - spared) / 1e9,
+        "cache_mb": cache.peak_bytes / 1e6,
+    }
+
+
+def error_to(uncached, path, batch_size=500):
+    """The mean squared error of an npz's images to those of another, pixels in [-1, 1]."""
+    (total, a), (_, b) = pictures.read(str(path)), pictures.read(str(uncached))
+    pairs = zip(pictures.batches(a, total, batch_size, "error"),
+                pictures.batches(b, total, batch_size, "uncached"), strict=True)
+    return sum(np.square((x.astype(np.float64) - y) / 127.5).sum() for x, y in pairs) / (
+        total * np.prod(next(pictures.read(str(path))[1]).shape))
+
+
+def measure(row, model, guidance, items, args, out, look):
+    """One row of the table: a dict of numbers, made or found in `out`. Raises ValueError if what
+    is found was measured otherwise."""
+    about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
+             "reference": args.reference}
+    known = out / "rows" / f"{row.name}.json"
+    if known.exists():
+        values = json.loads(known.read_text())
+        if values["about"] != about:
+            raise ValueError(f"{known} was measured with other settings: choose another --out")
+        return values
+    schedule, training = schedule_of(row, len(model.network.branches), args, out)
+    path = out / "images" / f"{row.name}.npz"
+    values = draw(model, row, schedule, guidance, items, args.batch_size, look.decode, path)
+    values["error"] = error_to(out / "images" / f"{look.first.name}.npz", path)
+    values |= metrics.evaluate(str(path), look.reference, network=look.network)
+    if look.clip:
+        _, images = pictures.read(str(path))
+        values["clip"] = metrics.clip_score(images, items, look.clip)
+    values |= {"about": about, "training": training, "computed": schedule.sum(1).tolist()}
+    with command.replacing(known) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+    return values
+
+
+@dataclasses.dataclass
+class Look:
+    """What a table's images are looked at with."""
+
+    first: Row  # the uncached one
+    decode: object  # x_0 -> uint8
+    network: object
+    reference: object
+    clip: object
+
+
+def accumulated(model, row, schedule, guidance, items):
+    """The mean squared error of x_t against the uncached trajectory, after each step: list of T."""
+    sampler, noise = make_sampler(row.sampler, row.steps), Noise(0, range(len(items)))
+    x, condition = noise.start(model.shape, model.device), model.condition(items)
+    full, cached = (
+        sample.walk(model.network, sampler, x, condition, guidance, cache, noise)
+        for sampler, cache in ((sampler, None), (make_sampler(row.sampler, row.steps),
+                                                 Cache(schedule)))
+    )
+    return [(a - b).square().mean().item() for a, b in zip(full, cached, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+COLUMNS = [  # key, title, how it is printed
+    ("cur", "CUR %", lambda v: f"{100 * v:.1f}"), ("fid", "FID", lambda v: f"{v:.2f}"),
+    ("sfid", "sFID", lambda v: f"{v:.2f}"), ("is", "IS", lambda v: f"{v:.2f}"),
+    ("precision", "prec.", lambda v: f"{v:.3f}"), ("recall", "recall", lambda v: f"{v:.3f}"),
+    ("clip", "CLIP", lambda v: f"{v:.2f}"), ("error", "error", lambda v: f"{1000 * v:.2f}"),
+    ("seconds", "ms / image", lambda v: f"{1000 * v:.0f}"),
+    ("faster", "real", lambda v: f"{v:.2f} x"), ("less", "arithmetic", lambda v: f"{v:.2f} x"),
+    ("cache_mb", "cache MB", lambda v: f"{v:.0f}"),
+    ("training_images", "images", lambda v: f"{v:,.0f}"),
+    ("training_seconds", "train s", lambda v: f"{v:.0f}"),
+    ("training_mb", "train MB", lambda v: f"{v:.0f}"),
+]
+
+
+def summary(rows, values):
+    """Rows and their values -> one dict a line of the table: method, steps, target, seeds, and for
+    every column the mean and the standard deviation over seeds (None for one seed)."""
+    full = values[0]
+    lines = {}
+    for row, value in zip(rows, values, strict=True):
+        training = value["training"]
+        value = {key: number for key, number in value.items() if isinstance(number, float)}
+        value |= {"faster": full["seconds"] / value["seconds"],
+                  "less": full["gflop"] / value["gflop"]}
+        if training:
+            value |= {f"training_{key}": training[key] for key in ("seconds", "images")}
+            value["training_mb"] = training["peak_memory"] / 1e6
+        lines.setdefault((row.method, row.steps, row.target), []).append(value)
+    table = []
+    for (method, steps, target), seeds in lines.items():
+        line = {"method": method, "steps": steps, "target": target, "seeds": len(seeds)}
+        for key in seeds[0]:
+            numbers = [value[key] for value in seeds]
+            line[key] = [statistics.mean(numbers),
+                         statistics.stdev(numbers) if len(numbers) > 1 else None]
+        table.append(line)
+    return table
+
+
+def markdown(table, paper):
+    """The table as Markdown: mean +- standard deviation; `paper` gives what the paper reports for
+    a line, or nothing."""
+    columns = [column for column in COLUMNS if any(column[0] in line for line in table)]
+    words = [paper(line) for line in table]
+    titles = ["method", "T", *(title for _, title, _ in columns)]
+    titles += ["paper"] if any(words) else []
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for line, word in zip(table, words, strict=True):
+        cells = [line["method"], str(line["steps"])]
+        for key, _, form in columns:
+            mean, deviation = line.get(key, (None, None))
+            text = "" if mean is None else form(mean)
+            if deviation is not None and key in ("fid", "sfid", "is", "clip", "error", "cur"):
+                text += f" ± {form(deviation)}"
+            cells.append(text)
+        lines.append("| " + " | ".join(cells + ([word] if any(words) else [])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PAPER_MODELS = {"dit256": ("DiT-XL/2", "256"), "dit512": ("DiT-XL/2", "512"),
+                "pixart256": ("PixArt-alpha", "256"), "pixart512": ("PixArt-alpha", "512"),
+                "pixart1024": ("PixArt-alpha", "1024")}
+PAPER_METHODS = {"no cache": "none", "fewer steps": "none", "FORA, as reported": "FORA"}
+PAPER_SAMPLERS = {"ddim": "DDIM", "ddpm": "IDDPM", "dpm-solver++": "DPM-Solver++",
+                  "sa-solver": "SA-Solver"}
+
+
+def paper_figures(model, sampler):
+    """-> a function: a line of the table -> what the paper reports for it, in words, or ''."""
+    with open(ROOT / "data" / "paper_tables.csv", newline="") as file:
+        known = [entry for entry in csv.DictReader(file)
+                 if entry["table"] in ("class-conditional", "text-to-image")]
+
+    def words(line):
+        method = PAPER_METHODS.get(line["method"], line["method"])
+        wanted = (*PAPER_MODELS.get(model, (None, None)), PAPER_SAMPLERS.get(sampler), method,
+                  str(line["steps"]))
+        for entry in known:
+            if wanted == tuple(entry[key] for key in ("model", "resolution", "sampler", "method",
+                                                      "steps")):
+                cells = [f"{title} {entry[key]}" for key, title in (
+                    ("CUR_percent", "CUR"), ("FID", "FID"), ("sFID", "sFID"), ("IS", "IS"),
+                    ("CLIP", "CLIP"), ("speedup", "x")) if entry[key]]
+                return ", ".join(cells)
+        return ""
+
+    return words
+
+
+# ------------------------------------------------------------------------------------------------
+# The pictures
+
+# Colours that the colour-blind can tell apart (Okabe and Ito), and a mark for each method
+LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
+         "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
+         "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
+         "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
+         "HarmoniCa, cumulative": ("#CC79A7", "X")}
+
+
+def draw_quality(table, path, title):
+    """Quality against speed-up, a point a line of the table (the paper's figure)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for axis, (key, name) in zip(axes, (("fid", "FID"), ("error", "error to the uncached image")),
+                                 strict=True):
+        for method, (colour, mark) in LOOKS.items():
+            points = sorted((line["less"][0], *line[key]) for line in table
+                            if line["method"] == method)
+            if points and not (key == "error" and method == "no cache"):
+                x, y, deviation = zip(*points, strict=True)
+                axis.errorbar(x, y, yerr=[d or 0 for d in deviation], color=colour, marker=mark,
+                              label=method, linewidth=1, markersize=8, capsize=3)
+        axis.set_xlabel("speed-up by arithmetic")
+        axis.set_ylabel(f"{name} (lower is better)")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.suptitle(title)
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    save_figure(figure, path)
+
+
+def draw_error(errors, timesteps, path, title):
+    """The error of x_t, step by step: errors {name: (method, list of T)}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
+    for name, (method, values) in errors.items():
+        colour, mark = LOOKS[method]
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, label=name,
+                  linewidth=1.2, markersize=6)
+    every = math.ceil(len(timesteps) / 10)
+    axis.set_xticks(range(1, len(timesteps) + 1, every),
+                    [f"{t:.0f}" for t in timesteps[::every]])
+    axis.set_xlabel("timestep, in executed order")
+    axis.set_ylabel("mean squared error of x to the uncached one")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    axis.set_title(title, fontsize=11)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    from matplotlib import pyplot
+
+    with command.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def choose_items(model, args):
+    """What the images show, the same in every row: classes or prompts in turn. -> a list."""
+    if model.text is None:
+        return [j % model.network.num_classes for j in range(args.num_samples)]
+    prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
+    return [prompts[j % len(prompts)] for j in range(args.num_samples)]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_model_flags(parser)
+    parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
+    parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
+    parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
+    parser.add_argument("--batch-size", type=int, default=100, help="images at once (100)")
+    parser.add_argument("--reference", help="what the images are compared with (as metrics.py)")
+    parser.add_argument("--images", help="a folder of one folder a class, for Learning-to-Cache")
+    parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
+    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/table-MODEL-T)")
+    args = parser.parse_args()
+    try:
+        curs = [float(text) / 100 for text in args.curs.split(",")]
+    except ValueError:
+        curs = []
+    if not curs or not all(0 < cur < 1 for cur in curs):
+        raise ValueError(f"--curs takes percentages like 25,40,55, not {args.curs}")
+    if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
+        raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
+
+    model = models.load(args.model, args.weights, "cpu", args.dtype)
+    if model.name in pictures.NAMED:
+        args.reference = args.reference or model.name
+    if not args.reference:
+        raise ValueError(f"name the --reference to compare {model.name}'s images with")
+    steps, sampler = args.steps or model.steps, args.sampler or model.sampler
+    guidance = model.guidance if args.guidance is None else args.guidance
+    make_sampler(sampler, steps)
+    items = choose_items(model, args)
+    out = args.out or Path("runs") / f"table-{args.model}-{steps}"
+    model.prepare(sorted(set(items), key=items.index) if model.text else items, args.device)
+    model.to(models.find_device(args.device))
+    rows = plan(model, sampler, steps, curs, args.seeds)
+    network = features.load(metrics.usual_features(args.reference), device=model.device)
+    clip = None
+    if model.text:
+        which = "emoji" if args.model == "emoji" else "ViT-B-32"
+        clip = features.load_clip(which, "openai", model.device)
+    args.latents = False
+    look = Look(rows[0], sample.make_decoder(model, args), network,
+                metrics.statistics_of(args.reference, network), clip)
+
+    start = time.perf_counter()
+    values = [measure(row, model, guidance, items, args, out, look) for row in rows]
+    table = summary(rows, values)
+    words = markdown(table, paper_figures(args.model, sampler))
+    title = f"{args.model}, {sampler}, T = {steps}, guidance {guidance:g}"
+    errors = {}
+    for row in rows:
+        if row.target == curs[-1 if len(curs) == 1 else 1] and row.seed == 0:
+            schedule, _ = schedule_of(row, len(model.network.branches), args, out)
+            name = f"{row.method}, CUR {100 * routers.cur(schedule):.1f} %"
+            errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64])
+    with command.replacing(out / "table.md") as temporary:
+        temporary.write_text(words)
+    with command.replacing(out / "table.json") as temporary:
+        temporary.write_text(json.dumps({"table": table, "errors": errors}, indent=1) + "\n")
+    draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
+    draw_error(errors, make_sampler(sampler, steps).timesteps, out / "error.png", title)
+    print(f"{title}, {len(items)} images a row; metrics by {network.name}\n\n{words}")
+    print(f"{time.perf_counter() - start:.0f} s; wrote table.md, table.json, quality.png and "
+          f"error.png in {out}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,215 @@
+"""Training a router on the error of the final image itself, through the whole trajectory: what the
+proxy lambda stands in for (HarmoniCa, https://arxiv.org/abs/2410.01723, section 3.3).
+
+    python -m experiments.train_direct --target-cur 0.4      # digits, T = 10
+    python -m experiments.train_direct --cost                # its time and memory beside SDT's
+
+    L = mean (x_0 - x_0 without a cache)^2 + beta sum_ik r[i, k]
+
+One update of all rows a trajectory. Nothing is detached: the gradient goes back through every step,
+and through the cache, so a row knows that what it computes is reused later. SDT does not know that:
+its loss looks at one step, and what the cache holds then is a constant. The price is memory: the
+graph of T steps is kept, not of one.
+
+Letters: B images, T denoising steps, K branches.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import command
+import models
+import router as routers
+from sample import denoise, guided
+from samplers import make_sampler
+from train_stepwise import (
+    PROXY,
+    TRAINING,
+    chunks_of,
+    measure_lambda,
+    run,
+    settings_of,
+    tell,
+    train_trajectory,
+)
+
+DEFAULTS = dict(beta=2e-5, lr=0.1, iterations=1000, batch_size=8)
+
+
+class AttachedCache:
+    """cache.SoftCache, but what it keeps stays in the graph."""
+
+    def __init__(self, scores, tau):
+        self.scores, self.tau, self.kept = scores, tau, {}
+
+    def start(self, i):
+        self.step, self.r = i, self.scores(i)
+        return self
+
+    def __call__(self, k, branch):
+        if self.step == 0:
+            self.kept[k] = branch()
+            return self.kept[k]
+        mixed = self.r[k] * branch() + (1 - self.r[k]) * self.kept[k]
+        if self.r[k] > self.tau:
+            self.kept[k] = mixed
+        return mixed
+
+
+def train_direct_trajectory(model, router, optimizer, chunks, guidance, tau, beta):
+    """One trajectory and one update, of all rows. -> the loss and the error of the images.
+    Raises ValueError, before the update, if the loss is not finite."""
+    error = 0.0
+    for chunk in chunks:
+        target = denoise(model.network, chunk.sampler, chunk.x, chunk.condition, guidance,
+                         noise=chunk.noise)
+        cache, x = AttachedCache(router.scores, tau), chunk.x
+        for i, t in enumerate(chunk.sampler.timesteps):
+            prediction = guided(model.network, x, t, chunk.condition, guidance, cache.start(i),
+                                chunk.sampler.guidance_channels)
+            x = chunk.sampler.step(prediction, i, x, chunk.noise)
+        mse = chunk.share * F.mse_loss(x, target)
+        mse.backward()
+        error += mse.item()
+    steps = len(chunks[0].sampler.timesteps)
+    usage = beta * sum(router.scores(i).sum() for i in range(1, steps))
+    usage.backward()
+    loss = error + usage.item()
+    if not math.isfinite(loss):
+        raise ValueError("the loss is not finite: the network's predictions overflow; try --dtype "
+                         "float32")
+    optimizer.step()
+    optimizer.zero_grad()
+    for i in range(1, steps):
+        router.clamp(i)
+    return loss, error
+
+
+def train(model, settings, out, resume=False):
+    """A whole run, as train_stepwise.train. -> a dict of results."""
+    steps, B = settings["steps"], settings["batch_size"]
+    sampler = make_sampler(settings["sampler"], steps)
+
+    def trajectory(n, router, optimizer, beta, lambda_):
+        chunks = chunks_of(model, sampler, settings["seed"], range(n * B, (n + 1) * B),
+                           settings["micro_batch"], TRAINING)
+        loss, error = train_direct_trajectory(model, router, optimizer, chunks,
+                                              settings["guidance"], settings["tau"], beta)
+        return [loss] * steps, [0.0] * (steps - 1) + [error], lambda_
+
+    router = routers.Router(steps, len(model.network.branches), settings["seed"])
+    return run(model, settings, out, resume, sampler, router, trajectory, steps)
+
+
+# ------------------------------------------------------------------------------------------------
+# What it costs
+
+
+class Watch:
+    """An optimiser that moves nothing, and notes at each step how many bytes autograd had kept for
+    the backward since the last one, every storage counted once."""
+
+    def __init__(self):
+        self.storages, self.bytes = {}, 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step(self):
+        self.bytes = max(self.bytes, sum(self.storages.values()))
+        self.storages = {}
+
+    def zero_grad(self):
+        pass
+
+
+def cost(model, settings, rounds=3):
+    """Measures one trajectory of SDT, the proxy's share included, and one of direct training, in
+    turn; prints seconds and saved bytes. Either way every row is updated once."""
+    steps, guidance, tau = settings["steps"], settings["guidance"], settings["tau"]
+    B, sampler = settings["batch_size"], make_sampler(settings["sampler"], steps)
+    router = routers.Router(steps, len(model.network.branches), settings["seed"])
+
+    def chunks(purpose):
+        return chunks_of(model, sampler, settings["seed"], range(B), B, purpose)
+
+    def stepwise(optimizer):
+        train_trajectory(model, router, optimizer, chunks(TRAINING), [1.0] * steps, guidance, tau,
+                         1e-7)
+
+    def direct(optimizer):
+        train_direct_trajectory(model, router, optimizer, chunks(TRAINING), guidance, tau, 1e-7)
+
+    def proxy():
+        measure_lambda(model, router, chunks(PROXY), guidance, tau, "leave-one-out")
+
+    seconds = {"stepwise": [], "direct": [], "proxy": []}
+    for _ in range(rounds):
+        for name, work in (("stepwise", lambda: stepwise(Watch())), ("proxy", proxy),
+                           ("direct", lambda: direct(Watch()))):
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    took = {name: statistics.median(values) for name, values in seconds.items()}
+    share = took["proxy"] / (400 / steps)  # measured every 400 iterations
+    saved = {}
+    for name, work in (("stepwise", stepwise), ("direct", direct)):
+        watch = Watch()
+        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda tensor: tensor):
+            work(watch)
+        saved[name] = watch.bytes / 1e6
+    ours, other = took["stepwise"] + share, took["direct"]
+    print(f"a trajectory of {B} images ({2 * B} rows), T = {steps}, {rounds} rounds\n"
+          f"{'':26}{'SDT':>10}{'direct':>10}{'ratio':>8}\n"
+          f"{'seconds':26}{ours:10.2f}{other:10.2f}{other / ours:8.2f}   "
+          f"(SDT: {share:.2f} of them for lambda)\n"
+          f"{'saved for backward, MB':26}{saved['stepwise']:10.1f}{saved['direct']:10.1f}"
+          f"{saved['direct'] / saved['stepwise']:8.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_model_flags(parser)
+    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=float,
+                        help="find the beta that leads to this share of reuse, like 0.4: --beta is "
+                             "where the search starts")
+    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--iterations", type=int, help="denoising steps to train on")
+    parser.add_argument("--batch-size", type=int, help="trajectories at once (half the rows)")
+    parser.add_argument("--micro-batch", type=int, help="trajectories in memory at once")
+    parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-direct)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    args = parser.parse_args()
+    model = models.load(args.model, args.weights, args.device, args.dtype)
+    if model.text:
+        raise ValueError(f"{args.model} is told a prompt: this experiment is for models of classes")
+    measure = vars(args).pop("cost")
+    settings = settings_of(args, DEFAULTS) | {
+        "objective": "direct", "proxy": "none", "steps": args.steps or 10,
+        "sampler": args.sampler or model.sampler,
+        "guidance": model.guidance if args.guidance is None else args.guidance,
+    }
+    if measure:
+        cost(model, settings)
+        return
+    out = args.out or Path("runs") / f"{args.model}-direct"
+    print(f"{args.model} on {model.device}: direct, beta {settings['beta']:g}, "
+          f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
+    tell(train(model, settings, out, args.resume), settings, model, out)
+
+
+if __name__ == "__main__":
+    command.run(main)

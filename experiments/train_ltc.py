@@ -1,0 +1,216 @@
+"""Learning-to-Cache's own training of a router, to be read beside train_stepwise.py, which fixes
+what it leaves out (Ma et al. 2024, https://arxiv.org/abs/2406.01733, section 3.3).
+
+    python -m experiments.train_ltc                                  # digits
+    python -m experiments.train_ltc --target-cur 0.4
+    python -m experiments.train_ltc --model dit256 --images train    # ImageNet's folder of classes
+
+Steps of odd timestep index (counted in the T respaced ones, the cleanest is 0) compute everything;
+those of even index reuse what the router says of what the step just before kept. One iteration:
+    x_s         an image of the training set, noised to a random odd step s
+    x           the DDIM step from x_s by a full pass, which fills the cache
+    LTC         L = MSE(with the soft cache, without one) + beta sum_k r[i, k] at the next step
+    update      one AdamW step on row i
+What SDT does otherwise: it walks whole trajectories from noise, so that the student meets its own
+accumulated error and the cache the age that it has in sampling; it has guidance, as sampling has,
+any step may reuse, and it needs no images. What IEPO adds: lambda.
+
+Letters: B images, T denoising steps, K branches.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+import command
+import models
+import pictures
+import router as routers
+import shipped
+from cache import SoftCache
+from samplers import Noise, make_sampler
+from train_stepwise import run, settings_of, tell
+
+DROP_LABEL = 0.1  # the share of images that are shown without their label
+# On digits; for the rest those published for DiT-XL/2, 256 x 256, T = 20 (at T = 10 and 50 beta is
+# 1e-6, at 512 x 512 tau 0.9). An iteration is a row's update.
+DEFAULTS = {"digits": dict(beta=1e-4, lr=0.2, iterations=1000, batch_size=8)}
+PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+# ------------------------------------------------------------------------------------------------
+# The images
+
+
+def digits():
+    """-> a function that gives B random digits, (B, 1, 28, 28) in [-1, 1], and their labels."""
+    images, labels = shipped.digits("train")
+
+    def draw(noise):
+        chosen = noise.labels(len(images))
+        return images[chosen] / 127.5 - 1, labels[chosen]
+
+    return draw
+
+
+def folder(root, model, autoencoder):
+    """The same for a folder of one folder a class, which are numbered by their sorted names as
+    ImageNet's are: random latents of its images, (B, 4, H, W), and their labels. Raises ValueError
+    if there are not as many as the model has classes, or if an image cannot be read."""
+    classes = sorted(path for path in Path(root).iterdir() if path.is_dir())
+    if len(classes) != model.network.num_classes:
+        raise ValueError(f"{root} has {len(classes)} folders, {model.name} "
+                         f"{model.network.num_classes} classes: it takes a folder for each")
+    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())
+             if file.suffix.lower() in SUFFIXES]
+    if not files:
+        raise ValueError(f"no images in the folders of {root} ({', '.join(SUFFIXES)})")
+
+    def draw(noise):
+        chosen = [files[j] for j in noise.labels(len(files))]
+        pixels = torch.stack([centre(file, model.pixels) for file, _ in chosen])
+        spread = noise.start(model.shape, model.device)
+        latents = autoencoder.encode(pixels.to(model.device), spread)
+        return model.scale * latents, torch.tensor([label for _, label in chosen])
+
+    return draw
+
+
+def centre(file, size):
+    """An image's middle, as large a part as has the shape (H, W) `size`, in that size:
+    (3, H, W) in [-1, 1]. Raises ValueError if it cannot be read."""
+    image = ImageOps.fit(Image.fromarray(pictures.read_image(file)), size[::-1])
+    return torch.from_numpy(np.asarray(image) / np.float32(127.5) - 1).permute(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The method
+
+
+def learned_rows(steps):
+    """The rows of even timestep index, which may reuse, in executed order: not row 0, which is the
+    index T - 1 (for odd T that is even, and computes everything all the same)."""
+    return [i for i in range(1, steps) if (steps - 1 - i) % 2 == 0]
+
+
+def make_router(steps, branches, seed):
+    """A router whose other rows always compute: fixed at the highest score, and never trained."""
+    router = routers.Router(steps, branches, seed)
+    with torch.no_grad():
+        for i in set(range(1, steps)) - set(learned_rows(steps)):
+            router.rows[i - 1].fill_(routers.LIMIT).requires_grad_(False)
+    return router
+
+
+def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, beta, micro_batch):
+    """One iteration, on row i. images (B, C, H, W) are clean. -> the loss and the squared error.
+    Raises ValueError, before the update, if the loss is not finite."""
+    t_before, t = sampler.timesteps[i - 1 : i + 1]
+    a, B, error = sampler.alpha_bar[i - 1], len(images), 0.0
+    x = math.sqrt(a) * images + math.sqrt(1 - a) * noise.step(i, images)
+    for part in range(0, B, micro_batch):
+        x_s, y = x[part : part + micro_batch], labels[part : part + micro_batch]
+        cache = SoftCache(router.scores, tau)
+        predict = partial(evaluate, model.network, y)
+        with torch.no_grad():
+            # To the cache this is the first step, as nothing that came before may be reused.
+            x_t = sampler.step(predict(x_s, t_before, cache.start(0)), i - 1, x_s)
+            target = predict(x_t, t)
+        mse = len(y) / B * F.mse_loss(predict(x_t, t, cache.start(i)), target)
+        mse.backward()
+        error += mse.item()
+    usage = beta * router.scores(i).sum()
+    usage.backward()
+    loss = error + usage.item()
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is not finite at step {i} (timestep {t:g}): the network's "
+                         "predictions overflow; try --dtype float32")
+    optimizer.step()  # finds a gradient on row i only
+    optimizer.zero_grad()
+    router.clamp(i)
+    return loss, error
+
+
+def evaluate(network, y, x, t, cache=None):
+    """The network's prediction, without guidance."""
+    return network(x, torch.full((len(x),), t, device=x.device), y, cache=cache)
+
+
+def train(model, settings, out, draw, resume=False):
+    """Learning-to-Cache's training, new or resumed, in the folder `out`. A "trajectory" of the log
+    is as many iterations as there are learned rows, each on a row drawn at random.
+    -> a dict of results. Raises ValueError if the sampler is not DDIM."""
+    if settings["sampler"] != "ddim":
+        raise ValueError("Learning-to-Cache trains along single steps of DDIM: use --sampler ddim")
+    steps, B = settings["steps"], settings["batch_size"]
+    sampler, rows = make_sampler("ddim", steps), learned_rows(steps)
+    classes = model.network.num_classes
+
+    def trajectory(n, router, optimizer, beta, lambda_):
+        losses, errors = [0.0] * steps, [0.0] * steps
+        generator = torch.Generator().manual_seed((settings["seed"] * 1_000_000_007 + n) % 2**63)
+        for j in range(len(rows)):
+            first = (n * len(rows) + j) * B
+            noise = Noise(settings["seed"], range(first, first + B), purpose=1)
+            i = rows[torch.randint(len(rows), (), generator=generator)]
+            images, labels = (values.to(model.device) for values in draw(noise))
+            dropped = torch.rand(B, generator=generator) < DROP_LABEL
+            labels = torch.where(dropped.to(model.device), classes, labels)
+            losses[i], errors[i] = train_row(
+                model, router, optimizer, sampler, i, images, labels, noise, settings["tau"], beta,
+                settings["micro_batch"],
+            )
+        return losses, errors, lambda_
+
+    router = make_router(steps, len(model.network.branches), settings["seed"])
+    return run(model, settings, out, resume, sampler, router, trajectory, len(rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_model_flags(parser)
+    parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
+    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=float,
+                        help="find the beta that leads to this share of reuse, like 0.4 (at most "
+                             "half can be reused): --beta is where the search starts")
+    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--iterations", type=int, help="rows to update, one after the other")
+    parser.add_argument("--batch-size", type=int, help="images at once")
+    parser.add_argument("--micro-batch", type=int, help="images in memory at once; same result")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-ltc)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    args = parser.parse_args()
+
+    if (args.images is None) != (args.model == "digits"):
+        raise ValueError("digits are trained on the shipped ones, every other model on --images")
+    if args.guidance is not None:
+        raise ValueError("Learning-to-Cache is trained without guidance: leave --guidance out")
+    settings = settings_of(args, DEFAULTS.get(args.model, PUBLISHED))
+    model = models.load(args.model, args.weights, args.device, args.dtype)
+    if model.text:
+        raise ValueError(f"{args.model} is told a prompt: Learning-to-Cache is for classes")
+    settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
+                 "steps": args.steps or model.steps, "sampler": args.sampler or "ddim"}
+    if args.images:
+        draw = folder(args.images, model, models.load_autoencoder(model, args.vae))
+    else:
+        draw = digits()
+    out = args.out or Path("runs") / f"{args.model}-ltc"
+    print(f"{args.model} on {model.device}: Learning-to-Cache, beta {settings['beta']:g}, "
+          f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
+    tell(train(model, settings, out, draw, args.resume), settings, model, out)
+
+
+if __name__ == "__main__":
+    command.run(main)

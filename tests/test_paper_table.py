@@ -1,0 +1,192 @@
+"""The paper's table: its rows, their numbers against the files that they wrote, what it keeps."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import command
+import metrics
+import models
+import router as routers
+import train_stepwise
+from experiments import paper_table, train_ltc
+from experiments.paper_table import Row
+
+
+def test_the_rows_of_a_table():
+    model = models.load("digits")
+    rows = paper_table.plan(model, "ddim", 20, [0.25, 0.55], seeds=2)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names) == 4 + 2 * 5 + 2 * 4  # Learning-to-Cache stops at 50 %
+    assert names[:2] == ["digits-ddim-20-no_cache", "digits-ddim-14-fewer_steps"]
+    assert "digits-ddim-20-learning-to-cache-25-1" in names
+    assert not any("learning-to-cache-55" in name for name in names)
+    assert all(name == name.lower() and " " not in name and "," not in name for name in names)
+
+
+def test_fora_has_its_two_curs():
+    schedules = [paper_table.schedule_of(Row("digits", "ddim", 20, name), 16, None, None)[0]
+                 for name in ("FORA, released code", "FORA, as reported")]
+    assert [routers.cur(schedule) for schedule in schedules] == pytest.approx([0.45, 0.5])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Runs the command on 3 steps and 12 images, the routers being random ones."""
+    def find_router(row, args, out):
+        path = out / "routers" / f"{row.name}.safetensors"
+        if not path.exists():
+            schedule = routers.random(3, 16, row.target, seed=len(row.method))
+            routers.save(path, schedule * 4.0 - 3, model="digits", sampler="ddim", steps=3,
+                         guidance=2.5, tau=0.1)
+        return path, {"seconds": 5.0, "images": 7, "peak_memory": 2e6}
+
+    monkeypatch.setattr(paper_table, "find_router", find_router)
+
+    def run(*flags, out="table"):
+        argv = ["paper_table", "--steps", 3, "--curs", 30, "--num-samples", 12, "--batch-size", 5,
+                "--out", tmp_path / out, *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        command.run(paper_table.main)
+        return tmp_path / out
+
+    return run
+
+
+def numbers(out):
+    """All that time does not change."""
+    rows = {path.name: json.loads(path.read_text()) for path in (out / "rows").iterdir()}
+    assert all(row.pop("seconds") > 0 for row in rows.values())
+    return rows, json.loads((out / "table.json").read_text())["errors"]
+
+
+def test_a_table_is_what_its_files_say(table, capsys):
+    out = table()
+    rows, errors = numbers(out)
+    assert len(rows) == 9
+    reference = metrics.statistics_of("digits", paper_table.features.load("digits"))
+    uncached = np.load(out / "images" / "digits-ddim-3-no_cache.npz")["arr_0"]
+    for name in ("digits-ddim-3-random-30-0", "digits-ddim-3-fora_released_code",
+                 "digits-ddim-3-harmonica-30-0", "digits-ddim-2-fewer_steps"):
+        row = rows[f"{name}.json"]
+        path = out / "images" / f"{name}.npz"
+        for key, value in metrics.evaluate(str(path), reference).items():
+            assert row[key] == pytest.approx(value, rel=1e-6)
+        images = np.load(path)["arr_0"]
+        assert images.shape == (12, 28, 28, 3)
+        assert row["error"] == pytest.approx(metrics.paired_error(images, uncached)[0], rel=1e-9)
+        assert row["cur"] == pytest.approx(1 - sum(row["computed"]) / (16 * row["about"]["steps"]))
+    assert rows["digits-ddim-3-no_cache.json"]["error"] == 0
+    # The error of x_t ends at that of the images, but these are clipped.
+    steps = errors["HarmoniCa, CUR 29.2 %"][1]
+    assert len(steps) == 3 and steps[0] == 0
+    assert 0.5 < rows["digits-ddim-3-harmonica-30-0.json"]["error"] / steps[2] < 1
+    text = capsys.readouterr().out
+    assert (out / "table.md").read_text() in text and "| HarmoniCa | 3 | 29.2 |" in text
+    assert all((out / name).stat().st_size > 10_000 for name in ("quality.png", "error.png"))
+
+
+def test_a_table_goes_on_where_it_was(table, monkeypatch):
+    whole = table()
+    measured, count = paper_table.draw, []
+
+    def draw(*args):
+        count.append(args[1].name)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(paper_table, "draw", draw)
+    with pytest.raises(SystemExit):
+        table(out="parts")
+    parts = table(out="parts")
+    assert len(count) == 4 + 6 and len(set(count)) == 9  # the fourth twice
+    assert numbers(whole) == numbers(parts)
+    table(out="parts")
+    assert len(count) == 10  # nothing is made again
+    with pytest.raises(SystemExit):
+        table("--guidance", 2, out="parts")
+
+
+def test_seeds_have_a_mean_and_a_deviation():
+    rows = [Row("digits", "ddim", 20, "no cache")]
+    rows += [Row("digits", "ddim", 20, "HarmoniCa", 0.4, seed) for seed in range(3)]
+    training = {"seconds": 60.0, "images": 0, "peak_memory": 5e8}
+    values = [
+        {"cur": cur, "fid": fid, "error": error, "seconds": seconds, "gflop": gflop,
+         "cache_mb": 0.0, "training": training if cur else {}, "computed": [16]}
+        for cur, fid, error, seconds, gflop in (
+            (0.0, 1.0, 0.0, 0.2, 6.0), (0.40, 2.0, 0.001, 0.1, 4.0), (0.41, 3.0, 0.002, 0.1, 4.0),
+            (0.39, 4.0, 0.003, 0.1, 4.0))
+    ]
+    table = paper_table.summary(rows, values)
+    assert [line["seeds"] for line in table] == [1, 3]
+    assert table[1]["fid"] == [3.0, 1.0] and table[0]["fid"] == [1.0, None]
+    assert table[1]["faster"][0] == pytest.approx(2) and table[1]["less"][0] == pytest.approx(1.5)
+    lines = paper_table.markdown(table, lambda line: "").splitlines()
+    assert lines[0].startswith("| method | T | CUR % | FID | error | ms / image | real |")
+    assert "3.00 ± 1.00" in lines[3] and "2.00 ± 1.00" in lines[3] and "40.0 ± 1.0" in lines[3]
+    assert "paper" not in lines[0]
+
+
+def test_the_papers_own_figures_stand_beside_their_rows():
+    words = paper_table.paper_figures("dit256", "ddim")
+    assert words({"method": "no cache", "steps": 20}) == "FID 3.52, sFID 4.96, IS 224.37, x 1.00"
+    assert words({"method": "fewer steps", "steps": 14}).startswith("FID 5.77")
+    assert words({"method": "HarmoniCa", "steps": 10}) == (
+        "CUR 22.86, FID 13.35, sFID 11.13, IS 151.83, x 1.23")
+    assert words({"method": "random", "steps": 20}) == ""
+    assert paper_table.paper_figures("digits", "ddim")({"method": "HarmoniCa", "steps": 20}) == ""
+    words = paper_table.paper_figures("pixart256", "dpm-solver++")
+    assert words({"method": "FORA, as reported", "steps": 20}).startswith("CUR 50.00, FID 27.42")
+
+
+@pytest.mark.parametrize("method", list(paper_table.TRAINED))
+def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypatch, method):
+    """The trainer gets the flags that it knows, with the row's method, CUR and seed."""
+    row, seen = Row("digits", "ddim", 4, method, 0.35, 3), {}
+    trainer = train_ltc if method == "Learning-to-Cache" else train_stepwise
+
+    def train(model, settings, out, *others):
+        seen.update(settings, out=out)
+        out.mkdir(parents=True)
+        routers.save(out / "router.safetensors", torch.zeros(4, 16), model="digits", tau=0.1,
+                     sampler="ddim", guidance=2.5)
+        (out / "results.json").write_text('{"seconds": 1.0}')
+        return dict(cur=0.35, cur_before_last_quarter=0.35, lr_updates=10, beta=1e-6, seconds=1.0,
+                    peak_memory=None)
+
+    def run(argv, cwd):
+        assert argv[1:3] == ["-m", paper_table.TRAINED[method][0]]
+        monkeypatch.setattr(sys, "argv", argv[2:])
+        trainer.main()
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(paper_table.subprocess, "run", run)
+    args = paper_table.argparse.Namespace(images=None, guidance=2.5, weights=None, device="cpu",
+                                          dtype=None, prompts=None)
+    path, training = paper_table.find_router(row, args, tmp_path)
+    assert path == tmp_path / "routers" / f"{row.name}.safetensors" and training["seconds"] == 1.0
+    assert seen["target_cur"] == 0.35 and seen["seed"] == 3 and seen["steps"] == 4
+    assert seen["objective"] == {"SDT + LTC": "ltc", "Learning-to-Cache": "learning-to-cache"}.get(
+        method, "iepo")
+    assert seen["proxy"] == {"HarmoniCa, cumulative": "cumulative",
+                             "Learning-to-Cache": "none"}.get(method, "leave-one-out")
+    monkeypatch.setattr(paper_table.subprocess, "run", None)  # the second time it is there
+    assert paper_table.find_router(row, args, tmp_path)[0] == path
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--curs", "0.4,x"], "--curs takes percentages"), (["--curs", "120"], "--curs takes"),
+    (["--seeds", "0"], "must be 1 or more"), (["--num-samples", "2"], "4 or more"),
+    (["--sampler", "euler"], "euler"),
+])
+def test_mistakes_end_in_one_line(table, capsys, flags, words):
+    with pytest.raises(SystemExit) as caught:
+        table(*flags)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and words in err and len(err.splitlines()) == 1
