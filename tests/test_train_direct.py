@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 import command
 import train_stepwise
