@@ -135,15 +135,14 @@ def digits(weights):
 
 
 def emoji(weights):
-    """A small PixArt on the 32 x 32 pixels of emoji, which it is to know by heart, trained by
-    experiments/pretrain.py; not shipped yet. Its prompts are hashed words."""
+    """This project's small PixArt on the 32 x 32 pixels of emoji, which it knows by heart, trained
+    by experiments/pretrain.py. Its prompts are hashed words."""
     network = pixart.PixArt(**pixart.SIZES["emoji"])
     weights = weights or SHIPPED / "emoji_pixart.safetensors"
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"no weights at {weights}: train them by `python -m experiments."
-                                "pretrain --model emoji`, or name others with --weights")
     network.load_state_dict(pixart.read_weights(weights, network))
-    return Model("emoji", network, "dpm-solver++", steps=20, guidance=3.0, text="hashed")
+    router = SHIPPED / "emoji_router.safetensors"
+    return Model("emoji", network, "dpm-solver++", steps=20, guidance=2.0, text="hashed",
+                 router=router)
 
 
 def official_dit(weights, size):

@@ -40,7 +40,7 @@ from train_stepwise import run, settings_of, tell
 DROP_LABEL = 0.1  # the share of images that are shown without their label
 # On digits; for the rest those published for DiT-XL/2, 256 x 256, T = 20 (at T = 10 and 50 beta is
 # 1e-6, at 512 x 512 tau 0.9). An iteration is a row's update.
-DEFAULTS = {"digits": dict(beta=1e-4, lr=0.2, iterations=1000, batch_size=8)}
+DEFAULTS = {"digits": dict(beta=1e-4, lr=0.1, iterations=1000, batch_size=8)}
 PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
 import router
 import shipped
+from sample import denoise
+from samplers import Noise, make_sampler
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,3 +64,19 @@ def test_the_shipped_model_is_small_and_draws_digits():
     with torch.no_grad():
         eps = network(a**0.5 * images + (1 - a) ** 0.5 * noise, t, labels)[:, :1]
     assert (eps - noise).square().mean() < 0.05
+
+
+def test_the_shipped_emoji_model_is_small_and_knows_its_captions():
+    """Of 100 captions that nobody chose, at least 80 give an image among whose 3 nearest training
+    images is the caption's own."""
+    assert (ROOT / "checkpoints" / "emoji_pixart.safetensors").stat().st_size < 16e6
+    model = models.load("emoji", device="cpu")
+    prompts = shipped.emoji_prompts()[:100]
+    noise = Noise(0, range(100))
+    with sdpa_kernel(SDPBackend.MATH):
+        drawn = denoise(model.network, make_sampler(model.sampler, model.steps),
+                        noise.start(model.shape), model.condition(prompts), model.guidance)
+    images, captions = shipped.emoji()
+    distances = torch.cdist(drawn.clamp(-1, 1).flatten(1), images.flatten(1) / 127.5 - 1)
+    own = distances[range(100), [captions.index(prompt) for prompt in prompts]]
+    assert ((distances < own[:, None]).sum(1) < 3).sum() >= 80
