@@ -1,6 +1,7 @@
 """The tests of assignment 1. `python -m pytest notebooks/assignments/a1_samplers -m task1_1`"""
 
 import math
+from itertools import pairwise
 
 import pytest
 import student
@@ -167,7 +168,7 @@ def test_twice_the_steps_leave_a_quarter_of_the_error(a, a_end):
     for n in (100, 200):
         levels = [1 / (1 + s**2) for s in torch.linspace(3, end, n + 1).double().tolist()]
         y = y0
-        for level, after in zip(levels, levels[1:], strict=False):
+        for level, after in pairwise(levels):
             y, _ = heun(lambda y, s: -y * math.cos(s), y, level, after)
         errors.append(abs(y.item() - math.exp(math.sin(to_s(start)) - math.sin(end))))
     assert 3.5 < errors[0] / errors[1] < 4.5
