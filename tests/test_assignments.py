@@ -255,7 +255,7 @@ SUBMISSIONS = {  # name: (its student.py, the points it earns, a failure and wha
     "endless_import": (SOLUTION + "while True: pass", 0, ("task9_1", "it took more than")),
     "exits": ("import os\n" + SOLUTION.replace("return 2", "os._exit(0)"), 5,
               ("task9_2", "it ended the process")),
-    "exits_at_once": ("import sys; sys.exit(0)", 0, ("task9_1", "SystemExit")),
+    "exits_at_once": ("import sys; sys.exit(0)", 0, ("task9_1", "it ended the process")),
     "ends_pytest": ("import pytest\n" + SOLUTION.replace("return x + 1", "pytest.exit('', 0)"), 6,
                     ("task9_1", "it ended the process")),
     "skips": ("import pytest\n" + SOLUTION.replace("return 2", "pytest.skip()"), 5,

@@ -34,7 +34,10 @@ class Recorder:
         cause = error.value.__cause__
         if isinstance(error.value, pytest.Collector.CollectError) and cause is not None:
             error = pytest.ExceptionInfo.from_exception(cause)
-        self.write(failed=node.nodeid, error=error.exconly().strip().split("\n")[0][:300])
+        text = error.exconly()
+        if isinstance(error.value, SyntaxError):  # its first line names the file only
+            text = f"{type(error.value).__name__}: {error.value}"
+        self.write(failed=node.nodeid, error=text.strip().split("\n")[0][:300])
 
     def pytest_runtest_logreport(self, report):
         if report.passed and not hasattr(report, "wasxfail"):
