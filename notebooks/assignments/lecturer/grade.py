@@ -80,8 +80,8 @@ def lay_out(folder, assignment, student):
     (here / assignment).mkdir(parents=True)
     (here / "pytest.ini").write_text("[pytest]\n")  # no settings from further up
     shutil.copy(ASSIGNMENTS / "conftest.py", here)
-    shutil.copy(original / "test_student.py", here / assignment)
-    shutil.copy(solution / "cases.py", here / assignment)
+    for file in [*original.glob("*.py"), solution / "cases.py"]:
+        shutil.copy(file, here / assignment)
     (here / assignment / "student.py").write_bytes(student.read_bytes())
     return here
 
