@@ -294,10 +294,9 @@ class TokensOnly:
 
 @pytest.mark.task2_5
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_arithmetic_is_what_is_counted(seed, tokens):
+def test_arithmetic_is_what_is_counted(tokens):
     """Against torch's own counter, on the network as it runs."""
-    network, schedule = small_network(seed), random_schedule(seed)
+    network, schedule = small_network(0), random_schedule(SEEDS[0] + tokens)
     cache = TokensOnly(network, schedule, tokens)
     x, t, y = torch.zeros(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([2])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
