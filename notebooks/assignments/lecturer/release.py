@@ -1,0 +1,141 @@
+"""Makes the zip that students get: the modules, data and models, the notebooks and the assignments,
+without this folder and without a line of any solution.
+
+    python notebooks/assignments/lecturer/release.py --out release.zip
+
+It takes what is on the disk, so that a clone, a copy and an assignment that is not committed yet
+all work. Before it writes, it looks for the solutions in every file that would go out. A stub that
+no longer raises for one of its tasks, or a line of 30 characters or more from the body of a
+solution's function, in a module, a notebook or a text, is named, and nothing is written.
+"""
+
+import argparse
+import ast
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+LECTURER = Path(__file__).resolve().parent
+ASSIGNMENTS = LECTURER.parent
+ROOT = ASSIGNMENTS.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import command  # noqa: E402 (found on the path from here on)
+
+RELEASED = (
+    "*.py", "README.md", "LICENSE*", "Makefile", "pyproject.toml", "requirements*.txt",
+    "constraints.txt", "data/**/*", "checkpoints/**/*", "docs/**/*", "experiments/**/*",
+    "notebooks/**/*",
+)  # fmt: skip
+SUBSTANTIAL = 30  # characters
+
+
+def released_files():
+    """The files that go out, as paths from the root, sorted."""
+    found = {path.relative_to(ROOT) for pattern in RELEASED for path in ROOT.glob(pattern)}
+    lecturer = LECTURER.relative_to(ROOT)
+    return sorted(
+        path for path in found
+        if (ROOT / path).is_file() and not path.is_relative_to(lecturer)
+        and not any(part.startswith((".", "__pycache__")) for part in path.parts)
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# What must not go out
+
+
+def functions(path):
+    """The functions of a file and the lines of their bodies, without docstrings: yields the name,
+    the tree and the lines, stripped."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[ast.get_docstring(node) is not None :]
+            first = body[0].lineno - 1 if body else node.end_lineno
+            yield node.name, node, [line.strip() for line in lines[first : node.end_lineno]]
+
+
+def raised_tasks(node):
+    """The tasks that the `raise` statements under a node name."""
+    raises = [ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Raise)]
+    return set(re.findall(r"NotImplementedError\(.(task\d+_\d+)", " ".join(raises)))
+
+
+def check_stub(folder):
+    """Raises ValueError if the stub does not raise for every task of its tests."""
+    tasks = set(re.findall(r"task\d+_\d+", (folder / "test_student.py").read_text("utf-8")))
+    raised = raised_tasks(ast.parse((folder / "student.py").read_text("utf-8")))
+    if tasks - raised:
+        missing = ", ".join(sorted(tasks - raised))
+        raise ValueError(f"{folder.relative_to(ROOT)}/student.py does not raise "
+                         f"NotImplementedError for {missing}: it seems to be solved; restore it")
+
+
+def solution_lines(folder):
+    """The substantial lines of a solution's own code: those of its functions' bodies, without what
+    the stub gives in functions that are not to be written."""
+    solution = LECTURER / "solutions" / folder.name / "student.py"
+    if not solution.is_file():
+        raise FileNotFoundError(f"no {solution}: what it holds cannot be kept out of the release")
+    stub = functions(folder / "student.py")
+    given = {line for _, node, lines in stub if not raised_tasks(node) for line in lines}
+    lines = {line for _, _, lines in functions(solution) for line in lines}
+    return sorted(line for line in lines - given if len(line) >= SUBSTANTIAL)
+
+
+def squeezed(text):
+    """A text without white space, quotes and backslashes, in which a line of code is the same
+    however it is indented or stored (a notebook is JSON), and without pictures."""
+    return re.sub(r"[\s\"'\\]+", "", re.sub(r"[A-Za-z0-9+/=]{300,}", "", text))
+
+
+def check(paths):
+    """Raises ValueError that names each file in `paths` that holds a solution's line."""
+    folders = sorted(file.parent for file in ASSIGNMENTS.glob("a*/student.py"))
+    for folder in folders:
+        check_stub(folder)
+    forbidden = [(folder.name, line) for folder in folders for line in solution_lines(folder)]
+    forbidden = [(name, line, squeezed(line)) for name, line in forbidden]
+    leaks = []
+    for path in paths:
+        try:
+            text = squeezed((ROOT / path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:  # an array or a picture
+            continue
+        leaks += [f"{path} holds `{line}` of the solution of {name}"
+                  for name, line, short in forbidden if short in text]
+    if leaks:
+        raise ValueError("; ".join(leaks) + ": take it out, or word it otherwise in one of them")
+
+
+def make(out):
+    """Writes the zip: every file under a folder named like it. -> the paths in it.
+    The same files always make the same zip. Raises ValueError if a solution would go out."""
+    paths = released_files()
+    check(paths)
+    with command.replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for path in paths:
+            entry = zipfile.ZipInfo(f"{out.stem}/{path.as_posix()}")
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, (ROOT / path).read_bytes(), zipfile.ZIP_DEFLATED)
+    return paths
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("release.zip"), help="(release.zip)")
+    args = parser.parse_args()
+    if args.out.suffix != ".zip":
+        raise ValueError(f"--out is a NAME.zip, not {args.out}")
+    paths = make(args.out)
+    size = args.out.stat().st_size / 1e6
+    print(f"wrote {args.out}: {len(paths)} files, {size:.1f} MB, no line of a solution in them")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,354 @@
+"""The course assignments: the solutions earn all points, the stubs none, planted mistakes lose
+some, the release gives nothing away, and no submission stops the grading of the others."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HERE = ROOT / "notebooks" / "assignments"
+SOLUTIONS = HERE / "lecturer" / "solutions"
+NAMES = sorted(file.parent.name for file in HERE.glob("a*/test_student.py"))
+
+
+def script(name, root=ROOT):
+    """release.py or grade.py as a module; each works in the repository that it lies in."""
+    path = root / "notebooks" / "assignments" / "lecturer" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_{abs(hash(root))}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments, cwd):
+    """A Python command -> the finished process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The release, made by the command and unpacked: its root."""
+    folder = tmp_path_factory.mktemp("course")
+    made = run(HERE / "lecturer" / "release.py", "--out", folder / "release.zip", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    with zipfile.ZipFile(folder / "release.zip") as archive:
+        archive.extractall(folder)
+    return folder / "release"
+
+
+# ------------------------------------------------------------------------------------------------
+# The assignments
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def graded(request, unpacked, tmp_path_factory):
+    """An assignment, graded in a release to which a lecturer's folder was added, so that nothing of
+    the repository can be missing there: its name, the points, and what each file earned."""
+    name, lecturer = request.param, unpacked / "notebooks" / "assignments" / "lecturer"
+    if not lecturer.exists():
+        shutil.copytree(HERE / "lecturer", lecturer)
+    submissions = tmp_path_factory.mktemp(name)
+    answers = {file.stem: file for file in (SOLUTIONS / name).glob("wrong_*.py")}
+    answers |= {"solution": SOLUTIONS / name / "student.py", "stub": HERE / name / "student.py"}
+    for answer, file in answers.items():
+        (submissions / answer).mkdir()
+        shutil.copy(file, submissions / answer / "student.py")
+    grade = script("grade", unpacked)
+    assert unpacked == grade.ROOT
+    return name, grade.read_points(unpacked / "notebooks" / "assignments" / name), grade.grade(
+        name, submissions
+    )
+
+
+def test_there_are_assignments():
+    assert NAMES and sorted(folder.name for folder in SOLUTIONS.iterdir()) == NAMES
+
+
+def test_the_solution_earns_all_points_in_the_unpacked_release(graded):
+    _, points, results = graded
+    assert results["solution"]["points"] == points and not results["solution"]["failures"]
+    assert 10 <= sum(points.values()) <= 20
+
+
+def test_the_stub_fails_every_task_with_a_message_that_names_it(graded):
+    _, points, results = graded
+    assert results["stub"]["total"] == 0
+    for task in points:
+        assert results["stub"]["failures"][task].startswith(f"NotImplementedError: {task}: ")
+
+
+def test_each_planted_wrong_answer_loses_points_and_not_all(graded):
+    _, points, results = graded
+    wrong = [result["total"] for answer, result in results.items() if answer.startswith("wrong_")]
+    assert len(wrong) >= 3 and all(0 < total < sum(points.values()) for total in wrong), results
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_solution_fits_the_stub_and_the_withheld_cases_are_others(name):
+    def signatures(file):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.FunctionDef)]
+        return {node.name: ast.unparse(node.args) for node in nodes}
+
+    stub, solution = (signatures(folder / "student.py") for folder in (HERE / name,
+                                                                      SOLUTIONS / name))
+    assert stub.items() <= solution.items()
+
+    def constants(file):
+        nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Assign)]
+        return {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in nodes}
+
+    shown, withheld = (constants(folder / "cases.py") for folder in (HERE / name,
+                                                                     SOLUTIONS / name))
+    assert shown.keys() == withheld.keys()
+    assert shown["SEEDS"] != withheld["SEEDS"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_notebook_is_thin_and_stored_without_outputs(name):
+    notebook = json.loads((HERE / name / "plots.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and len("".join(cell["source"]).splitlines()) <= 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_handouts_name_every_task_with_its_points(name):
+    points = script("grade").read_points(HERE / name)
+    handout, overview = (HERE / name / "README.md").read_text(), (HERE / "README.md").read_text()
+    for task, number in points.items():
+        assert f"`{task}` ({number} point" in handout
+    assert f"[{name}]({name}/README.md) | {sum(points.values())} |" in overview
+
+
+# ------------------------------------------------------------------------------------------------
+# As a student runs them
+
+
+def test_students_commands(unpacked, tmp_path):
+    """One task of one assignment in the release as it is, and everything in one solved, from its
+    root, with the cases that students see."""
+    name, task = NAMES[0], list(script("grade").read_points(HERE / NAMES[0]))[0]
+    one = run("-m", "pytest", f"notebooks/assignments/{name}", "-m", task, cwd=unpacked)
+    assert f"NotImplementedError: {task}: " in one.stdout and "deselected" in one.stdout
+    assert one.returncode == 1 and "Warning" not in one.stdout
+
+    solved = shutil.copytree(unpacked, tmp_path / "solved")
+    for name in NAMES:
+        shutil.copy(SOLUTIONS / name / "student.py", solved / "notebooks" / "assignments" / name)
+    answer = run("-m", "pytest", "-q", "notebooks/assignments", cwd=solved)
+    assert answer.returncode == 0, answer.stdout[-3000:]
+    assert "Warning" not in answer.stdout
+
+
+# ------------------------------------------------------------------------------------------------
+# The release
+
+
+def test_the_release_holds_what_students_need_and_nothing_of_the_lecturer(unpacked):
+    files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")
+             if path.is_file() and "lecturer" not in path.parts[-4:]}
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert modules <= files and {"README.md", "LICENSE", "requirements.txt"} <= files
+    assert {"checkpoints/digits_dit.safetensors", "data/digits28.npz"} <= files
+    for name in NAMES:
+        for file in ("README.md", "student.py", "cases.py", "test_student.py", "plots.ipynb"):
+            assert f"notebooks/assignments/{name}/{file}" in files
+    names = zipfile.ZipFile(unpacked.parent / "release.zip").namelist()
+    assert all(name.startswith("release/") for name in names)
+    for word in ("lecturer/", "solution", "wrong_", "test_assignments", "__pycache__", "/."):
+        assert not [name for name in names if word in name]
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A small copy of the repository, to plant things in."""
+    shutil.copytree(HERE, tmp_path / "notebooks" / "assignments")
+    for name in ("README.md", "command.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_equal_files_make_equal_zips(course):
+    release = script("release", course)
+    release.make(course / "release.zip")
+    first = (course / "release.zip").read_bytes()
+    release.make(course / "release.zip")
+    assert (course / "release.zip").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["README.md", "notebooks/walk.ipynb", "notes.py"])
+def test_a_line_of_a_solution_is_found_and_nothing_is_written(course, where, name):
+    release = script("release", course)
+    line = release.solution_lines(course / "notebooks" / "assignments" / name)[-1]
+    text = f"some text\n        {line}\nmore\n"
+    if where.endswith(".ipynb"):
+        text = json.dumps({"cells": [{"cell_type": "code", "source": text.splitlines(True)}]})
+    (course / where).write_text(text)
+    with pytest.raises(ValueError) as error:
+        release.make(course / "release.zip")
+    assert where in str(error.value) and line in str(error.value) and name in str(error.value)
+    assert not list(course.glob("*.zip"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stub_that_was_solved_is_found(course, name):
+    folder = course / "notebooks" / "assignments" / name
+    shutil.copy(SOLUTIONS / name / "student.py", folder)
+    with pytest.raises(ValueError, match=f"{name}/student.py does not raise"):
+        script("release", course).make(course / "release.zip")
+
+
+def test_the_release_command_exits_with_2_on_a_leak(course):
+    folder = course / "notebooks" / "assignments"
+    shutil.copy(SOLUTIONS / NAMES[0] / "student.py", folder / NAMES[0] / "my_notes.py")
+    answer = run(folder / "lecturer" / "release.py", "--out", "release.zip", cwd=course)
+    assert answer.returncode == 2 and "my_notes.py" in answer.stderr
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Grading, on an assignment that needs no torch, so that a run takes half a second
+
+TESTS = '''
+import pytest
+import student
+from cases import SEEDS
+POINTS = {"task9_1": 1, "task9_2": 2, "task9_3": 4}
+@pytest.mark.task9_1
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one(seed):
+    assert student.one(seed) == seed + 1
+@pytest.mark.task9_2
+def test_two():
+    assert student.two() == 2
+@pytest.mark.task9_3
+def test_three():
+    assert student.three() == 3
+'''
+SOLUTION = '''
+def one(x): return x + 1
+def two(): return 2
+def three(): return 3
+'''
+SUBMISSIONS = {  # name: (its student.py, the points it earns, a failure and what it is told)
+    "fine": (SOLUTION, 7, None),
+    "seeds_by_heart": (SOLUTION.replace("x + 1", "{0: 1, 1: 2}[x]"), 6,
+                       ("task9_1", "KeyError")),
+    "syntax_error": ("def one(x) return", 0, ("task9_1", "SyntaxError")),
+    "not_text": ("\udcff\udcfe", 0, ("task9_2", "SyntaxError")),
+    "missing": (None, 0, ("task9_3", "no student.py")),
+    "endless": (SOLUTION.replace("return 2", "\n while True: pass"), 5,
+                ("task9_2", "it took more than")),
+    "endless_import": (SOLUTION + "while True: pass", 0, ("task9_1", "it took more than")),
+    "exits": ("import os\n" + SOLUTION.replace("return 2", "os._exit(0)"), 5,
+              ("task9_2", "it ended the process")),
+    "exits_at_once": ("import sys; sys.exit(0)", 0, ("task9_1", "it ended the process")),
+    "ends_pytest": ("import pytest\n" + SOLUTION.replace("return x + 1", "pytest.exit('', 0)"), 6,
+                    ("task9_1", "it ended the process")),
+    "skips": ("import pytest\n" + SOLUTION.replace("return 2", "pytest.skip()"), 5,
+              ("task9_2", "skipped")),
+    "expected_to_fail": ("import pytest\n" + SOLUTION.replace("return 2", "pytest.xfail()"), 5,
+                         ("task9_2", "skipped")),
+    "fewer_cases": ("import cases\ncases.SEEDS = cases.SEEDS[:1]\n" +
+                    SOLUTION.replace("x + 1", "51"), 6, ("task9_1", "")),
+    "prints": ("import sys\n" + SOLUTION.replace(
+        "return 2", "print('=== 4 passed in 0.01s ===\\n' * 99, file=sys.__stdout__); sys.stdout = "
+        "sys.stderr = None; return 1"), 5, ("task9_2", "assert")),
+    "hungry": (SOLUTION.replace("return 2", "return len(bytearray(3_000_000_000)) and 2"), 5,
+               ("task9_2", "MemoryError")),
+    "starts_others": ("import subprocess, sys\n" + SOLUTION.replace(
+        "return 2", "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "return 2"), 7, None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Another repository with one assignment, and its submissions: -> root, folder."""
+    root, submissions = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("submissions")
+    folder = root / "notebooks" / "assignments"
+    solution = folder / "lecturer" / "solutions" / "a9_tiny"
+    solution.mkdir(parents=True)
+    (folder / "a9_tiny").mkdir()
+    for name in ("conftest.py", "lecturer/grade.py", "lecturer/recorder.py"):
+        shutil.copy(HERE / name, folder / name)
+    shutil.copy(ROOT / "command.py", root)
+    (folder / "a9_tiny" / "test_student.py").write_text(TESTS)
+    (solution / "student.py").write_text(SOLUTION)
+    (solution / "cases.py").write_text("SEEDS = (50, 60)\n")
+    for name, (text, _, _) in SUBMISSIONS.items():
+        (submissions / name).mkdir()
+        if text is not None:
+            file = submissions / name / "student.py"
+            file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    (submissions / ".hidden").mkdir()
+    (submissions / "a file").touch()
+    return root, submissions
+
+
+@pytest.fixture(scope="module")
+def marks(tiny):
+    root, submissions = tiny
+    return script("grade", root).grade("a9_tiny", submissions, times=6, memory=1e9)
+
+
+def test_every_folder_is_graded(marks):
+    assert list(marks) == sorted(SUBMISSIONS)
+
+
+@pytest.mark.parametrize("name", sorted(SUBMISSIONS))
+def test_a_bad_submission_gets_what_its_other_tasks_earn(marks, name):
+    _, total, failure = SUBMISSIONS[name]
+    assert marks[name]["total"] == total == sum(marks[name]["points"].values()), marks[name]
+    if failure is None:
+        assert not marks[name]["failures"]
+    else:
+        task, words = failure
+        assert words in marks[name]["failures"][task] and marks[name]["points"][task] == 0
+
+
+def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
+    root, submissions = tiny
+    few = tmp_path / "few"
+    for name in ("fine", "skips", "missing"):
+        shutil.copytree(submissions / name, few / name)
+    answer = run(root / "notebooks/assignments/lecturer/grade.py", "a9_tiny", few, "--out",
+                 "out/grades", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "3 submissions, 4.0 of 7 points on average" in answer.stdout
+    assert (tmp_path / "out" / "grades.csv").read_text().split() == [
+        "submission,task9_1,task9_2,task9_3,total", "fine,1,2,4,7", "missing,0,0,0,0",
+        "skips,1,0,4,5",
+    ]  # fmt: skip
+    content = json.loads((tmp_path / "out" / "grades.json").read_text())
+    assert content["points"] == {"task9_1": 1, "task9_2": 2, "task9_3": 4}
+    assert list(content["submissions"]["skips"]["failures"]) == ["task9_2"]
+
+
+def test_mistakes_of_the_lecturer_are_told(tiny, tmp_path):
+    root, submissions = tiny
+    grade = script("grade", root)
+    with pytest.raises(ValueError, match="no assignment a8: there are a9_tiny"):
+        grade.grade("a8", submissions)
+    with pytest.raises(FileNotFoundError, match="no folder of submissions"):
+        grade.grade("a9_tiny", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="NAME/student.py"):
+        grade.grade("a9_tiny", tmp_path)
+    broken = shutil.copytree(root, tmp_path / "broken")
+    cases = broken / "notebooks/assignments/lecturer/solutions/a9_tiny/cases.py"
+    cases.write_text("SEEDS = ('x',)\n")
+    with pytest.raises(ValueError, match="the solution itself fails task9_1"):
+        script("grade", broken).grade("a9_tiny", submissions)
