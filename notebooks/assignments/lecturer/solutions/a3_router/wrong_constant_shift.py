@@ -69,7 +69,8 @@ def budgeted_schedule(scores, cur):
 
 
 def budgeted_scores(logits, budget):
-        if not 0 < budget < len(logits):
+    """The root b by bisection, without a graph."""
+    if not 0 < budget < len(logits):
         raise ValueError(f"a budget of {budget} is not between 0 and {len(logits)}")
     z = logits.detach()
     low, high = -z.max() - 40, -z.min() + 40

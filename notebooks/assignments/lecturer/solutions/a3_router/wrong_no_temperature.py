@@ -25,7 +25,9 @@ def straight_through(logits, tau):
 
 
 def row_gradient(logits, u, temperature, new, kept, upstream, costs, beta):
-        r = torch.sigmoid((logits + torch.logit(u)) / temperature)
+    """dE/dz = <dE/dm, new - kept> r (1 - r): m has many elements, but r is one
+    number, so its derivative is summed over all of them."""
+    r = torch.sigmoid((logits + torch.logit(u)) / temperature)
     p = torch.sigmoid(logits)
     inner = [(g * (n - c)).sum() for g, n, c in zip(upstream, new, kept, strict=True)]
     through_the_mix = torch.stack(inner) * r * (1 - r)

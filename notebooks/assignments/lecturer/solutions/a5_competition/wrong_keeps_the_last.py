@@ -37,6 +37,8 @@ def neighbour(schedule, generator):
 
 
 def search(model, schedule, x, condition, seconds):
+    """Goes on to a neighbour. Several swaps at once at first, later fewer; stops while
+    there is still time for one more try."""
     start = last = time.process_time()
     generator = torch.Generator().manual_seed(0)
     walker = make_sampler(model.sampler, model.steps)
@@ -55,8 +57,8 @@ def search(model, schedule, x, condition, seconds):
 
 
 def make_schedule(model, seconds):
-    """Starts from alternation, which never reuses what is older than a step. The images are others
-    than those of the tests; more of them, where there is time, so that it does not fit them alone."""
+    """Starts from alternation, which never reuses what is older than a step. More images where
+    there is time for them, so that it does not fit these alone."""
     start = time.process_time()
     count = 2 if seconds < 10 else 8
     noise = Noise(7, range(count), purpose=1)

@@ -58,8 +58,8 @@ def search(model, schedule, x, condition, seconds):
 
 
 def make_schedule(model, seconds):
-    """Starts from alternation, which never reuses what is older than a step. The images are others
-    than those of the tests; more of them, where there is time, so that it does not fit them alone."""
+    """Starts from alternation, which never reuses what is older than a step. More images where
+    there is time for them, so that it does not fit these alone."""
     start = time.process_time()
     count = 2 if seconds < 10 else 8
     noise = Noise(7, range(count), purpose=1)
