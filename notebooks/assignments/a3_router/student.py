@@ -48,7 +48,8 @@ def sdt_trajectory(
 
         L_i = lambda_i MSE(student, teacher) + beta sum_k costs_k sigmoid(z_ik)
 
-    for i = 1 .. T - 1, and after each L_i one step of the optimiser. Row 0 computes everything and has no loss.
+    for i = 1 .. T - 1, and after each L_i one step of the optimiser. Row 0 computes everything and
+    has no loss.
 
     network is frozen; x (B, C, H, W) is x_T, condition a tuple for 2 B rows; rows is a list of
     T - 1 parameters (K,), that of step i being rows[i - 1]; relax(i, logits) -> r (K,) is to be
