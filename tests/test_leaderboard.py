@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +87,6 @@ SUBMISSIONS = {  # name: (student.py, why it is refused)
     "endless": (FINE.replace("return", "\n while True: pass\n return"), "processor time"),
     "greedy": (FINE.replace("return", "\n x = bytearray(20 * 10**9)\n return"), "MemoryError"),
     "exits": (FINE.replace("return", "\n import os; os._exit(0)\n return"), "exit code 0"),
-    "objects": (FINE.replace("return", "return [object()] or"), "not an array"),
 }
 
 
@@ -117,8 +115,7 @@ def test_bad_submissions_are_refused_and_the_others_ranked(tmp_path):
     assert ranked["(random:0.5)"][1] == "50.00"
 
 
-def test_no_submissions_is_one_line(tmp_path):
-    shutil.rmtree(tmp_path)
-    answer = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert answer.returncode == 2 and answer.stderr.startswith("error: ")
-    assert answer.stderr.count("\n") == 1
+def test_an_empty_folder_is_told(leaderboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path)])
+    with pytest.raises(ValueError, match="holds no submissions: one is NAME/student.py"):
+        leaderboard.main()
