@@ -40,19 +40,19 @@ def search(model, schedule, x, condition, seconds):
     """Keeps a neighbour if it is better. Several swaps at once at first, later fewer; stops while
     there is still time for one more try."""
     start = last = time.process_time()
-    generator = torch.Generator().manual_seed(0)
+    dice = torch.Generator().manual_seed(17)
     walker = make_sampler(model.sampler, model.steps)
     full = denoise(model.network, walker, x, condition, model.guidance)
     best, lowest, longest, swaps = schedule, math.inf, time.process_time() - start, 0
     while time.process_time() + 1.5 * longest < start + seconds:
         tried = best
         for _ in range(swaps):
-            tried = neighbour(tried, generator)
+            tried = neighbour(tried, dice)
         found = error_of(model, tried, x, condition, full)
         if found < lowest:
             best, lowest = tried, found
         left = 1 - (time.process_time() - start) / seconds
-        swaps = 1 + int(schedule.numel() / 60 * left * torch.rand(1, generator=generator).item())
+        swaps = 1 + int(schedule.numel() / 60 * left * torch.rand(1, generator=dice).item())
         longest, last = max(longest, time.process_time() - last), time.process_time()
     return best
 
@@ -63,8 +63,8 @@ def make_schedule(model, seconds):
     start = time.process_time()
     count = 2 if seconds < 10 else 8
     noise = Noise(7, range(count), purpose=1)
-    x = noise.start(model.shape, model.device)
-    condition = model.condition(noise.labels(model.network.num_classes))
+    begin = noise.start(model.shape, model.device)
+    labels = noise.labels(model.network.num_classes)
     schedule = half_schedule(model.steps, len(model.network.branches))
     spent = time.process_time() - start
-    return search(model, schedule, x, condition, 0.9 * seconds - spent)
+    return search(model, schedule, begin, model.condition(labels), 0.9 * seconds - spent)
