@@ -8,7 +8,8 @@ array: a bool (T, K) table whose row 0 is computed and which reuses half of all 
 else is refused with a reason, and the others go on. Every schedule then makes the same images from
 the same noise, and so do three schedules to compare with, in brackets.
 
-With --images 200 a submission takes about 15 s on two cores, beside its own --seconds. FID is
+With --images 200 a submission takes well under a minute on two free cores, its own --seconds not
+counted. FID is
 biased upwards for so few images, in the same way for all: compare at equal numbers only. For a
 final use `--images 2000 --seed` and a number that nobody knew.
 

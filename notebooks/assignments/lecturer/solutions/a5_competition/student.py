@@ -59,7 +59,8 @@ def search(model, schedule, x, condition, seconds):
 
 def make_schedule(model, seconds):
     """Starts from alternation, which never reuses what is older than a step. More images where
-    there is time for them, so that it does not fit these alone."""
+    there is time for them, and still it fits them: with 30 s it left alternation an error of 0.0014
+    against its own 0.0021 on 60 others, and had the same FID (3.59, 3.58). There is room to win."""
     start = time.process_time()
     count = 2 if seconds < 10 else 8
     noise = Noise(7, range(count), purpose=1)
