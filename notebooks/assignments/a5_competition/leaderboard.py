@@ -9,9 +9,8 @@ else is refused with a reason, and the others go on. Every schedule then makes t
 the same noise, and so do three schedules to compare with, in brackets.
 
 With --images 200 a submission takes well under a minute on two free cores, its own --seconds not
-counted. FID is
-biased upwards for so few images, in the same way for all: compare at equal numbers only. For a
-final use `--images 2000 --seed` and a number that nobody knew.
+counted. FID is biased upwards for so few images, in the same way for all: compare at equal numbers
+only. For a final use `--images 2000 --seed` and a number that nobody knew.
 
 This is no sandbox: a submission runs as you and can read and write your files. Run strangers' code
 in a container. The limits need Linux or macOS (of memory: Linux).
