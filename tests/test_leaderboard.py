@@ -1,0 +1,121 @@
+"""The competition's leaderboard: what it refuses, what it survives, and what it counts."""
+
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import router
+from cache import Cache
+from sample import Noise, denoise, make_sampler
+
+ASSIGNMENTS = Path(__file__).parent.parent / "notebooks" / "assignments"
+SCRIPT = ASSIGNMENTS / "a5_competition" / "leaderboard.py"
+
+
+@pytest.fixture(scope="module")
+def leaderboard():
+    spec = importlib.util.spec_from_file_location("leaderboard", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["leaderboard"] = module  # its dataclass looks for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedules
+
+HALF = router.fora_paper(20, 16, 2).numpy()
+ALMOST = HALF.copy()
+ALMOST[1, 0] = True
+NO_ROW_0 = HALF.copy()
+NO_ROW_0[0, 3] = False
+
+
+@pytest.mark.parametrize(
+    "schedule, words",
+    [
+        (ALMOST, "its CUR is 49.69 %, below 50 %"),
+        (NO_ROW_0, "row 0"),
+        (HALF.astype(int), "bool"),
+        (HALF.T, r"\(20, 16\)"),
+        (HALF[None], r"\(20, 16\)"),
+        (np.array(True), r"\(20, 16\)"),
+    ],
+)
+def test_what_is_no_schedule_of_half_is_refused(leaderboard, schedule, words):
+    leaderboard.check(HALF, 20, 16)
+    with pytest.raises(ValueError, match=words):
+        leaderboard.check(schedule, 20, 16)
+
+
+def test_images_do_not_depend_on_the_batch_and_are_those_of_sampling(leaderboard, monkeypatch):
+    model, schedule = models.load("digits", device="cpu"), router.random(4, 16, 0.5)
+    model.steps = 4
+    images = leaderboard.sample(model, schedule, 3, seed=5)
+    monkeypatch.setattr(leaderboard, "BATCH", 2)
+    again = leaderboard.sample(model, schedule, 3, seed=5)
+    torch.testing.assert_close(images, again, rtol=0, atol=1e-3)
+    noise = Noise(5, range(3))
+    expected = denoise(model.network, make_sampler("ddim", 4), noise.start(model.shape),
+                       model.condition(noise.labels(10)), model.guidance, Cache(schedule))
+    assert torch.equal(images, expected)
+
+
+def test_the_table_is_in_order_and_counts_submissions_only(leaderboard):
+    rows = [leaderboard.Row("(none)", 1, 0, 0, None), leaderboard.Row("ada", 2, 0.5, 0.1, 3.0),
+            leaderboard.Row("(fora)", 3, 0.5, 0.2, None), leaderboard.Row("bob", 4, 0.6, 0.3, 1.0)]
+    lines = leaderboard.table(rows, {"eve": "late"}).splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["(none)", "1.", "(fora)", "2."]
+    assert lines[2].split() == ["1.", "ada", "2.000", "50.00", "0.10000", "3.0"]
+    assert lines[5] == "eve: refused: late"
+
+
+# ------------------------------------------------------------------------------------------------
+# Submissions
+
+FINE = "import router\ndef make_schedule(model, seconds): return router.fora_paper(20, 16, 2)\n"
+SUBMISSIONS = {  # name: (student.py, why it is refused)
+    "fine": (FINE, None),
+    "fails": ("raise KeyError('table')", "KeyError: 'table'"),
+    "endless": (FINE.replace("return", "\n while True: pass\n return"), "processor time"),
+    "greedy": (FINE.replace("return", "\n x = bytearray(20 * 10**9)\n return"), "MemoryError"),
+    "exits": (FINE.replace("return", "\n import os; os._exit(0)\n return"), "exit code 0"),
+}
+
+
+def test_bad_submissions_are_refused_and_the_others_ranked(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("the limits of memory and time are Linux's")
+    for name, (text, _) in SUBMISSIONS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.py").write_text(text)
+    answer = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, "--images", "2", "--seconds", "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    for name, (_, why) in SUBMISSIONS.items():
+        refused = [line for line in lines if line.startswith(f"{name}: refused: ")]
+        assert (why is None and not refused) or why in refused[0], refused
+    ranked = {line[4:28].strip(): line[28:].split() for line in lines if "(" in line[:5]
+              or line.startswith("1.")}
+    assert set(ranked) == {"fine", "(none)", "(fora-paper:2)", "(random:0.5)"}
+    assert ranked["fine"][:3] == ranked["(fora-paper:2)"]  # FID, CUR, error
+    fids = [float(values[0]) for values in ranked.values()]
+    assert fids == sorted(fids) and all(math.isfinite(fid) for fid in fids)
+    assert ranked["(none)"][1:] == ["0.00", "0.00000"]
+    assert ranked["(random:0.5)"][1] == "50.00"
+
+
+def test_an_empty_folder_is_told(leaderboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path)])
+    with pytest.raises(ValueError, match="holds no submissions: one is NAME/student.py"):
+        leaderboard.main()
