@@ -41,13 +41,12 @@ from cache import SoftCache
 from sample import guided
 from samplers import Noise, make_sampler
 
-# Settings found for digits by measurement: a logit moves at most lr per update of its row, so a
-# short run needs a high rate. Emoji has the same ones, not measured yet. Without lambda, beta is of
-# another size: there is one for each objective.
+# Settings found by measurement: a logit moves at most lr per update of its row, so a short run needs
+# a high rate. Without lambda, beta is of another size: there is one for each objective.
 DEFAULTS = {
     "digits": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
                    batch_size=8),
-    "emoji": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
+    "emoji": dict(beta=dict(iepo=1e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
                   batch_size=8),
 }
 # Those published for DiT-XL/2 (64 rows a batch, counting both guidance halves), which the others
@@ -153,12 +152,12 @@ class BetaSearch:
 
     A logit takes tens of trajectories from where it starts to the threshold, so the CUR of today
     would come too late: the CUR ahead is that of the logits where their present pace (a moving
-    average) leads them in 6 / lr trajectories, in which one that always goes one way comes 6 far.
+    average) leads them in 2 / lr trajectories, in which one that always goes one way comes 2 far.
     Beta found is the (geometric) mean over the last half. Without a wanted CUR beta stands still.
     """
 
     def __init__(self, beta, target, tau, lr):
-        self.beta, self.target, self.tau, self.horizon = beta, target, tau, 6 / lr
+        self.beta, self.target, self.tau, self.horizon = beta, target, tau, 2 / lr
         self.logits, self.pace, self.log_betas = None, 0.0, []
 
     def update(self, logits):

@@ -78,14 +78,14 @@ class Row:
             {ord(","): None, ord(" "): "_", ord("+"): "p", ord(":"): "_"})
 
 
-def plan(model, sampler, steps, curs, seeds):
-    """The rows of a table: a list."""
+def plan(model, sampler, steps, curs, seeds, methods=("random", *TRAINED)):
+    """The rows of a table: a list; `methods` are those to have at each CUR wanted."""
     rows = [Row(model.name, sampler, steps, "no cache")]
     fewer = FEWER.get((sampler, steps), round(0.75 * steps))
     rows.append(Row(model.name, sampler, fewer, "fewer steps"))
     rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
     for target in curs:
-        for method in ("random", *TRAINED):
+        for method in methods:
             if method == "Learning-to-Cache" and (
                 target >= 0.5 or model.text or sampler != "ddim"
             ):
@@ -404,6 +404,9 @@ def main():
     )
     command.add_model_flags(parser)
     parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
+    parser.add_argument("--methods", default="random;" + ";".join(TRAINED),
+                        help="of those with a CUR to choose, the ones to have (default: all), like "
+                             "'random;HarmoniCa'")
     parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at once (100)")
@@ -419,6 +422,10 @@ def main():
         curs = []
     if not curs or not all(0 < cur < 1 for cur in curs):
         raise ValueError(f"--curs takes percentages like 25,40,55, not {args.curs}")
+    methods = args.methods.split(";")
+    unknown = [method for method in methods if method not in ("random", *TRAINED)]
+    if unknown:
+        raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
     if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
         raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
 
@@ -434,7 +441,7 @@ def main():
     out = args.out or Path("runs") / f"table-{args.model}-{steps}"
     model.prepare(sorted(set(items), key=items.index) if model.text else items, args.device)
     model.to(models.find_device(args.device))
-    rows = plan(model, sampler, steps, curs, args.seeds)
+    rows = plan(model, sampler, steps, curs, args.seeds, methods)
     network = features.load(metrics.usual_features(args.reference), device=model.device)
     clip = None
     if model.text:

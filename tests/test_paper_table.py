@@ -183,7 +183,7 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
 @pytest.mark.parametrize("flags, words", [
     (["--curs", "0.4,x"], "--curs takes percentages"), (["--curs", "120"], "--curs takes"),
     (["--seeds", "0"], "must be 1 or more"), (["--num-samples", "2"], "4 or more"),
-    (["--sampler", "euler"], "euler"),
+    (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:
