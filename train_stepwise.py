@@ -41,8 +41,8 @@ from cache import SoftCache
 from sample import guided
 from samplers import Noise, make_sampler
 
-# Settings found by measurement: a logit moves at most lr per update of its row, so a short run needs
-# a high rate. Without lambda, beta is of another size: there is one for each objective.
+# Settings found by measurement: a logit moves at most lr per update of its row, so a short run
+# needs a high rate. Without lambda, beta is of another size: there is one for each objective.
 DEFAULTS = {
     "digits": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
                    batch_size=8),
