@@ -40,6 +40,7 @@ ROOT = HERE.parent
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 LINE = re.compile(rf"(.*\s)({NUMBER})((?:\s.*)?)\s\(\+- ({NUMBER})\)\s*")  # name, value, unit
 SECONDS = 600  # a cell that takes longer hangs
+QUIET = ["--log-level=ERROR"]  # no word on encryption: the kernel is on this machine
 
 # ------------------------------------------------------------------------------------------------
 # Numbers
@@ -59,14 +60,15 @@ def printed_lines(notebook):
 
 def numbers(notebook):
     """The numbers to compare: {the line, with ... for its number: (value, tolerance)}.
-    Raises ValueError if a line has a tolerance but no number, or two lines have one name."""
+    Raises ValueError if a line has a tolerance but no number, or several, or two lines have one
+    name."""
     found = {}
     for line in printed_lines(notebook):
         if "(+-" not in line:
             continue
         match = LINE.fullmatch(line)
-        if match is None:
-            raise ValueError(f"a line with a tolerance but without a number: {line}")
+        if match is None or line.count("(+-") > 1:
+            raise ValueError(f"a line must end with one number and its tolerance: {line}")
         before, value, unit, tolerance = match.groups()
         name = f"{before}...{unit} (+- {tolerance})"
         if name in found:
@@ -79,8 +81,8 @@ def compare(stored, fresh):
     """Two executions of a notebook -> a list of what does not agree, in words; empty if all does.
     Raises ValueError as `numbers` does."""
     old, new = numbers(stored), numbers(fresh)
-    if not old:
-        return ["no number is stored: print one with a tolerance, and store it with --write"]
+    if not new:
+        return ["no number is printed with a tolerance, so there is nothing to compare"]
     complaints = [f"no longer printed: {name}" for name in old if name not in new]
     complaints += [f"printed but not stored: {name}" for name in new if name not in old]
     for name in old.keys() & new.keys():
@@ -140,7 +142,7 @@ def execute(notebook, folder):
     fresh = copy.deepcopy(notebook)
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(fresh, timeout=SECONDS, kernel_name="python3", record_timing=False,
-                   resources=resources).execute()
+                   resources=resources, extra_arguments=QUIET).execute()
     return fresh
 
 
@@ -156,15 +158,16 @@ def check(path, write=False):
         print(f"{path.name}: FAILED\n{error}")
         return False
     seconds = time.perf_counter() - start
+    for line in complaints:
+        print(f"{path.name}: {line}")
     if write:
         fresh.metadata["fingerprint"] = fingerprint(fresh)
         nbformat.write(fresh, path)
-        print(f"{path.name}: stored, {len(numbers(fresh))} numbers, {seconds:.0f} s")
-    for line in complaints:
-        print(f"{path.name}: {line}")
-    if not complaints:
-        print(f"{path.name}: {len(numbers(fresh))} numbers agree, {seconds:.0f} s")
-    return write or not complaints
+    elif complaints:
+        return False
+    print(f"{path.name}: {len(numbers(fresh))} numbers {'stored' if write else 'agree'}, "
+          f"{seconds:.0f} s")
+    return True
 
 
 def changed(path):
@@ -177,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("notebooks", nargs="*", type=Path, help="files (default: all of notebooks/)")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="files (default: all)")
     parser.add_argument("--changed", action="store_true", help="only those that changed")
     parser.add_argument("--write", action="store_true", help="store the fresh outputs")
     args = parser.parse_args()

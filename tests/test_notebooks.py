@@ -125,7 +125,7 @@ def test_what_does_not_agree_is_told(text, complaint):
 
 
 @pytest.mark.parametrize("text", ["CUR nan % (+- 0.1)", "CUR inf % (+- 0.1)", "CUR (+- 0.1)",
-                                  "a 1 (+- 0)\na 2 (+- 0)"])
+                                  "a 1 (+- 0), b 2 (+- 0)", "a 1 (+- 0)\na 2 (+- 0)"])
 def test_lines_that_cannot_be_compared_are_errors(text):
     with pytest.raises(ValueError):
         run.compare(STORED, printing(text))
@@ -181,8 +181,8 @@ def test_the_fingerprint_tells_changes(tmp_path, monkeypatch):
 def test_running_storing_and_failing(tmp_path, monkeypatch, capsys):
     """One made-up notebook, really executed: stored, agreeing, skipped, disagreeing, failing."""
     path = tmp_path / "made_up.ipynb"
-    notebook = printing("", source='import os\nprint("in", os.path.basename(os.getcwd()), 7, "(+- 0)")')
-    nbformat.write(notebook, path)
+    source = 'import os\nprint("in", os.path.basename(os.getcwd()), 7, "(+- 0)")'
+    nbformat.write(printing("", source=source), path)
     assert run.changed(path) and run.check(path, write=True)
     assert list(run.numbers(read(path))) == [f"in {tmp_path.name} ... (+- 0)"]
     assert run.check(path) and not run.changed(path)
