@@ -205,7 +205,7 @@ def test_the_first_cell_says_what_to_do(tmp_path, monkeypatch):
         walkthrough.begin()
     shutil.copy(run.ROOT / "dit.py", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch>=2.6\nno_such_package  # for nothing\n")
-    with pytest.raises(ImportError, match="not installed: no_such_package; .* pip install -r"):
+    with pytest.raises(ImportError, match="not installed: no_such_package; .*pip install -r"):
         walkthrough.begin()
 
 
