@@ -1,6 +1,6 @@
 # make demo   a fresh machine to pictures: environment, digits router, samples with and without it
 # make test   a fresh machine to a tested clone
-# make notebooks   executes the walkthroughs in notebooks/ and compares their numbers with the stored ones
+# make notebooks   executes notebooks/ and compares the numbers printed with the stored ones
 # PYTHON=python3.12 make demo   with another Python (3.10 or later)
 
 PYTHON ?= python3
