@@ -1,5 +1,6 @@
 # make demo   a fresh machine to pictures: environment, digits router, samples with and without it
 # make test   a fresh machine to a tested clone
+# make notebooks   executes notebooks/ and compares the numbers printed with the stored ones
 # PYTHON=python3.12 make demo   with another Python (3.10 or later)
 
 PYTHON ?= python3
@@ -14,6 +15,9 @@ test: .venv/develop
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
+notebooks: .venv/develop
+	.venv/bin/python notebooks/run.py
+
 .venv/run: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --requirement requirements.txt
@@ -23,4 +27,4 @@ test: .venv/develop
 	$(PIP) --requirement requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test notebooks
