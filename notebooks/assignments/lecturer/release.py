@@ -75,15 +75,17 @@ def check_stub(folder):
 
 
 def solution_lines(folder):
-    """The substantial lines of a solution's own code: those of its functions' bodies, without what
-    the stub gives in functions that are not to be written."""
+    """The substantial lines of a solution's own code: those of its functions' bodies, without the
+    heads of loops, which all code shares, and what the stub gives in functions that are not to be
+    written."""
     solution = LECTURER / "solutions" / folder.name / "student.py"
     if not solution.is_file():
         raise FileNotFoundError(f"no {solution}: what it holds cannot be kept out of the release")
     stub = functions(folder / "student.py")
     given = {line for _, node, lines in stub if not raised_tasks(node) for line in lines}
     lines = {line for _, _, lines in functions(solution) for line in lines}
-    return sorted(line for line in lines - given if len(line) >= SUBSTANTIAL)
+    return sorted(line for line in lines - given
+                  if len(line) >= SUBSTANTIAL and not re.match(r"for .* in .*:$", line))
 
 
 def squeezed(text):
