@@ -344,7 +344,7 @@ def draw_quality(table, path, title):
                               label=method, linewidth=1, markersize=8, capsize=3)
         axis.set_xlabel("speed-up by arithmetic")
         axis.set_ylabel(f"{name} (lower is better)")
-        axis.set_yscale("log")
+        axis.set_yscale("log" if key == "error" else "linear")
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.suptitle(title)
