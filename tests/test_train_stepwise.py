@@ -245,7 +245,8 @@ def test_evaluations_are_counted(T):
 @pytest.mark.parametrize("target", (0.25, 0.4, 0.55))
 def test_a_wanted_cur_is_found(target, start):
     """On made-up branches, each worth its own beta, over three decades: a logit falls while beta is
-    above that, and rises while it is below, by lr a trajectory at most, as AdamW moves it."""
+    above that, and rises while it is below, by lr a trajectory at most, as AdamW moves it. The run
+    lands within a point; the beta that it found, fixed from the start, here within ten."""
     generator = torch.Generator().manual_seed(0)
     worth = -4 - 3 * torch.rand(20, 16, generator=generator)  # log10
     first = torch.randn(20, 16, generator=generator)
@@ -272,7 +273,7 @@ def test_a_wanted_cur_is_found(target, start):
     logits = first
     for _ in range(100):  # a fresh run with the beta found
         logits = moved(logits, search.found)
-    assert abs(cur(logits) - target) < 0.05  # on digits it was within three points
+    assert abs(cur(logits) - target) < 0.1
 
 
 def test_without_a_wanted_cur_beta_stands_still():
