@@ -13,8 +13,9 @@ From noise x_T and random labels or prompts, at each step i, with the network fr
     update      one AdamW step on row i of the router and on nothing else
     next x      the sampler's step from the student's own prediction
 
-The run folder --out gets router.safetensors, router.png, lambda.png, settings.json, log.jsonl (a
-line per trajectory) and state.pt, from which --resume goes on to the bitwise same router.
+The run folder --out gets router.safetensors, router.png, lambda.png, settings.json, results.json,
+log.jsonl (a line per trajectory) and state.pt, from which --resume goes on to the bitwise same
+router. With --target-cur the run finds the beta that leads to a wanted CUR.
 
 Letters: B images, T denoising steps, K cacheable branches.
 """
@@ -332,7 +333,8 @@ def run(model, settings, out, resume, sampler, router, trajectory, length):
         "images": n * length * settings["batch_size"] if "images" in settings else 0,  # real ones
         "peak_memory": command.peak_memory(model.device),
     }
-    write_json(out / "results.json", results)
+    if n > done or not (out / "results.json").exists():  # not again for a run that was finished
+        write_json(out / "results.json", results)
     save_run(out, model, settings, logits, sampler.timesteps, lambda_, results)
     return results
 

@@ -517,7 +517,7 @@ def test_fresh_noise_in_every_trajectory_and_measure(monkeypatch, tmp_path):
 def test_a_run_folder_is_complete(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
     assert names == {"router.safetensors", "router.png", "lambda.png", "settings.json",
-                     "log.jsonl", "state.pt"}
+                     "log.jsonl", "state.pt", "results.json"}
     assert json.loads((tiny_run / "settings.json").read_text()) == tiny_settings()
     for name in ("router.png", "lambda.png"):
         with Image.open(tiny_run / name) as image:
