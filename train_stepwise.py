@@ -146,6 +146,9 @@ def measure_lambda(model, router, chunks, guidance, tau, variant):
 # ------------------------------------------------------------------------------------------------
 # The search for beta
 
+CLOSE = 0.01  # a CUR within a point of the wanted one will do
+
+
 class BetaSearch:
     """With a wanted CUR, beta is moved after every trajectory:
 
@@ -175,8 +178,8 @@ class BetaSearch:
         self.beta *= math.exp(self.target - routers.cur(ahead))
 
     def reached(self, cur):
-        """Whether a router of this CUR is what is wanted: within a point of it."""
-        return self.target is None or abs(cur - self.target) < 0.01
+        """Whether a router of this CUR is what is wanted."""
+        return self.target is None or abs(cur - self.target) < CLOSE
 
     @property
     def found(self):
@@ -234,8 +237,9 @@ def open_run(out, settings, resume):
     if not resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
     state = command.load_state(state_file)
-    if not isinstance(state, dict) or "settings" not in state:
-        raise ValueError(f"{state_file} is not a state of this trainer")
+    if not isinstance(state, dict) or not {"settings", "search"} <= state.keys():
+        raise ValueError(f"{state_file} is not a state of this trainer, or of an older version of "
+                         "it: choose another --out")
     old = state["settings"]
     changed = [f"{key} {old.get(key)}" for key in settings if settings[key] != old.get(key)]
     if changed:
@@ -270,7 +274,8 @@ def run(model, settings, out, resume, sampler, router, trajectory, length):
     """The loop over trajectories of `length` iterations, with everything that a run keeps.
 
     `trajectory(n, router, optimizer, beta, lambda_)` trains on the n-th and gives its losses and
-    squared errors, lists of T, and lambda, which it may have measured anew. -> a dict of results.
+    squared errors, lists of T, and lambda, which it may have measured anew. As long as a wanted CUR
+    is not reached, the run goes on, to twice the iterations at most. -> a dict of results.
     """
     router.to(model.device)
     # AdamW skips parameters without a gradient: every row has moments and a step count of its own.
@@ -419,7 +424,7 @@ def tell(results, settings, model, out):
     print(f"CUR {100 * results['cur']:.1f} %; it moved by {moved:+.1f} points in the last quarter "
           + ("(still moving: train longer)" if abs(moved) >= 1 else "(settled)"))
     if settings["target_cur"] is not None:
-        found = abs(results["cur"] - settings["target_cur"]) < 0.01
+        found = abs(results["cur"] - settings["target_cur"]) < CLOSE
         print(f"beta found: {results['beta']:.3g}"
               + ("" if found else "; the CUR is not there yet: start from it, by --beta"))
     print(f"lr x updates per row {results['lr_updates']:g}"

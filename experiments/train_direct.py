@@ -198,7 +198,7 @@ def main():
         raise ValueError(f"{args.model} is told a prompt: this experiment is for models of classes")
     measure = vars(args).pop("cost")
     settings = settings_of(args, DEFAULTS) | {
-        "objective": "direct", "proxy": "none", "steps": args.steps or 10,
+        "objective": "direct", "proxy": "none", "steps": 10 if args.steps is None else args.steps,
         "sampler": args.sampler or model.sampler,
         "guidance": model.guidance if args.guidance is None else args.guidance,
     }

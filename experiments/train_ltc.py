@@ -201,7 +201,8 @@ def main():
     if model.text:
         raise ValueError(f"{args.model} is told a prompt: Learning-to-Cache is for classes")
     settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
-                 "steps": args.steps or model.steps, "sampler": args.sampler or "ddim"}
+                 "steps": model.steps if args.steps is None else args.steps,
+                 "sampler": args.sampler or "ddim"}
     if args.images:
         draw = folder(args.images, model, models.load_autoencoder(model, args.vae))
     else:
