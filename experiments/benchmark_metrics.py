@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import command
+import experiments.torchvision_import  # noqa: F401, for torch-fidelity
 import features
 import metrics
 from experiments.benchmark import in_turn, median_ratio

@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import command
 import dit
+import experiments.torchvision_import  # noqa: F401, for diffusers
 import pixart
 from experiments.benchmark import in_turn, median_ratio, random_condition, random_model
 
