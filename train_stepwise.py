@@ -152,7 +152,7 @@ CLOSE = 0.01  # a CUR within a point of the wanted one will do
 class BetaSearch:
     """With a wanted CUR, beta is moved after every trajectory:
 
-        log beta += (wanted CUR - CUR ahead) / 3
+        log beta += (wanted CUR - CUR ahead) / 2
 
     A logit takes tens of trajectories from where it starts to the threshold, so the CUR of today
     would come too late: the CUR ahead is that of the logits where their present pace (a moving
@@ -175,7 +175,7 @@ class BetaSearch:
         self.logits = logits
         ahead = routers.threshold(torch.sigmoid(logits + self.horizon * self.pace), self.tau)
         self.log_betas.append(math.log(self.beta))
-        self.beta *= math.exp((self.target - routers.cur(ahead)) / 3)
+        self.beta *= math.exp((self.target - routers.cur(ahead)) / 2)
 
     def reached(self, cur):
         """Whether a router of this CUR is what is wanted."""

@@ -260,14 +260,14 @@ def test_a_wanted_cur_is_found(target, start):
         return routers.cur(routers.threshold(torch.sigmoid(logits), 0.1))
 
     search, logits = train_stepwise.BetaSearch(start, target, 0.1, lr), first
-    for n in range(110):
+    for n in range(200):  # as long as a run of 100 goes on at most
         logits = moved(logits, search.beta)
         if n == 50:  # saved and loaded
             state = copy.deepcopy(search.state_dict())
             search = train_stepwise.BetaSearch(start, target, 0.1, lr)
             search.load_state_dict(state)
         search.update(logits)
-        if n > 90 and search.reached(cur(logits)):
+        if n >= 99 and search.reached(cur(logits)):
             break
     assert search.reached(cur(logits)) and abs(cur(logits) - target) < 0.01
     logits = first
