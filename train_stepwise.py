@@ -374,30 +374,35 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def add_training_flags(parser):
+    """The flags of every training of a router. What is None comes from `settings_of`'s defaults."""
+    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=float,
+                        help="find the beta that leads to this share of reuse, like 0.4: --beta is "
+                             "where the search starts")
+    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--iterations", type=int, help="the least number of them: one is a batch "
+                        "at one denoising step; whole trajectories are made")
+    parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
+    parser.add_argument("--micro-batch", type=int,
+                        help="of them, how many in memory at once; same result (default: all)")
+    parser.add_argument("--out", type=Path, help="run folder (default: in runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
-    parser.add_argument("--target-cur", type=float,
-                        help="find the beta that leads to this share of reuse, like 0.4: --beta is "
-                             "where the search starts")
+    add_training_flags(parser)
     parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
                         help="iepo weighs each step's error by lambda, ltc does not (iepo)")
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda, or the official code's (leave-one-out)")
-    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
-    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
-    parser.add_argument("--iterations", type=int,
-                        help="denoising steps to train on, rounded up to whole trajectories")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
-    parser.add_argument("--batch-size", type=int, help="trajectories at once (half the rows)")
-    parser.add_argument("--micro-batch", type=int,
-                        help="trajectories in memory at once; same result (default: all)")
     parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     args = parser.parse_args()
 
     settings = settings_of(args, DEFAULTS.get(args.model, PUBLISHED))

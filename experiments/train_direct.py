@@ -31,6 +31,7 @@ from samplers import make_sampler
 from train_stepwise import (
     PROXY,
     TRAINING,
+    add_training_flags,
     chunks_of,
     measure_lambda,
     run,
@@ -180,18 +181,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
-    parser.add_argument("--target-cur", type=float,
-                        help="find the beta that leads to this share of reuse, like 0.4: --beta is "
-                             "where the search starts")
-    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
-    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
-    parser.add_argument("--iterations", type=int, help="denoising steps to train on")
-    parser.add_argument("--batch-size", type=int, help="trajectories at once (half the rows)")
-    parser.add_argument("--micro-batch", type=int, help="trajectories in memory at once")
+    add_training_flags(parser)
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-direct)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     args = parser.parse_args()
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:

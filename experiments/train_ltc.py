@@ -35,7 +35,7 @@ import router as routers
 import shipped
 from cache import SoftCache
 from samplers import Noise, make_sampler
-from train_stepwise import run, settings_of, tell
+from train_stepwise import add_training_flags, run, settings_of, tell
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
 # On digits; for the rest those published for DiT-XL/2, 256 x 256, T = 20 (at T = 10 and 50 beta is
@@ -179,17 +179,7 @@ def main():
     command.add_model_flags(parser)
     parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
-    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
-    parser.add_argument("--target-cur", type=float,
-                        help="find the beta that leads to this share of reuse, like 0.4 (at most "
-                             "half can be reused): --beta is where the search starts")
-    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
-    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
-    parser.add_argument("--iterations", type=int, help="rows to update, one after the other")
-    parser.add_argument("--batch-size", type=int, help="images at once")
-    parser.add_argument("--micro-batch", type=int, help="images in memory at once; same result")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/MODEL-ltc)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    add_training_flags(parser)
     args = parser.parse_args()
 
     if (args.images is None) != (args.model == "digits"):
