@@ -42,8 +42,9 @@ from cache import SoftCache
 from sample import guided
 from samplers import Noise, make_sampler
 
-# Settings found by measurement: a logit moves at most lr per update of its row, so a short run
-# needs a high rate. Without lambda, beta is of another size: there is one for each objective.
+# Settings for T = 20 found by measurement: a logit moves at most lr per update of its row, so a
+# short run needs a high rate. Without lambda, beta is of another size: there is one for each
+# objective.
 DEFAULTS = {
     "digits": dict(beta=dict(iepo=4e-7, ltc=1e-4), lr=0.1, iterations=2000, lambda_every=400,
                    batch_size=8),
@@ -196,6 +197,13 @@ class BetaSearch:
 
 # ------------------------------------------------------------------------------------------------
 # The run
+
+
+def for_steps(defaults, steps):
+    """Settings found for T = 20 -> those for `steps` (None: 20): as many updates for every row."""
+    share = (20 if steps is None else max(1, steps)) / 20
+    return {key: math.ceil(share * value) if key in ("iterations", "lambda_every") else value
+            for key, value in defaults.items()}
 
 
 def settings_of(args, defaults):
@@ -405,7 +413,9 @@ def main():
     parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
     args = parser.parse_args()
 
-    settings = settings_of(args, DEFAULTS.get(args.model, PUBLISHED))
+    small = args.model in DEFAULTS
+    defaults = for_steps(DEFAULTS[args.model], args.steps) if small else PUBLISHED
+    settings = settings_of(args, defaults)
     device = models.find_device(args.device)
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     if args.prompts and model.text is None:

@@ -33,6 +33,7 @@ from train_stepwise import (
     TRAINING,
     add_training_flags,
     chunks_of,
+    for_steps,
     measure_lambda,
     run,
     settings_of,
@@ -40,7 +41,7 @@ from train_stepwise import (
     train_trajectory,
 )
 
-DEFAULTS = dict(beta=2e-5, lr=0.1, iterations=1000, batch_size=8)
+DEFAULTS = dict(beta=2e-5, lr=0.1, iterations=2000, batch_size=8)  # for T = 20
 
 
 class AttachedCache:
@@ -188,8 +189,9 @@ def main():
     if model.text:
         raise ValueError(f"{args.model} is told a prompt: this experiment is for models of classes")
     measure = vars(args).pop("cost")
-    settings = settings_of(args, DEFAULTS) | {
-        "objective": "direct", "proxy": "none", "steps": 10 if args.steps is None else args.steps,
+    steps = 10 if args.steps is None else args.steps
+    settings = settings_of(args, for_steps(DEFAULTS, steps)) | {
+        "objective": "direct", "proxy": "none", "steps": steps,
         "sampler": args.sampler or model.sampler,
         "guidance": model.guidance if args.guidance is None else args.guidance,
     }

@@ -35,11 +35,11 @@ import router as routers
 import shipped
 from cache import SoftCache
 from samplers import Noise, make_sampler
-from train_stepwise import add_training_flags, run, settings_of, tell
+from train_stepwise import add_training_flags, for_steps, run, settings_of, tell
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
-# On digits; for the rest those published for DiT-XL/2, 256 x 256, T = 20 (at T = 10 and 50 beta is
-# 1e-6, at 512 x 512 tau 0.9). An iteration is a row's update.
+# On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and 50:
+# beta 1e-6, for 512 x 512: tau 0.9). An iteration is a row's update.
 DEFAULTS = {"digits": dict(beta=1e-4, lr=0.1, iterations=1000, batch_size=8)}
 PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -186,7 +186,9 @@ def main():
         raise ValueError("digits are trained on the shipped ones, every other model on --images")
     if args.guidance is not None:
         raise ValueError("Learning-to-Cache is trained without guidance: leave --guidance out")
-    settings = settings_of(args, DEFAULTS.get(args.model, PUBLISHED))
+    small = args.model in DEFAULTS
+    defaults = for_steps(DEFAULTS[args.model], args.steps) if small else PUBLISHED
+    settings = settings_of(args, defaults)
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:
         raise ValueError(f"{args.model} is told a prompt: Learning-to-Cache is for classes")

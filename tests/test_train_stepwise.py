@@ -820,3 +820,13 @@ def test_chunks_leave_the_sampler_alone():
     assert [chunk.noise.images for chunk in chunks] == [[0, 1], [2, 3], [4]]
     assert all(chunk.sampler is not sampler for chunk in chunks)
     assert copy.copy(sampler).timesteps == chunks[0].sampler.timesteps
+
+
+def test_every_row_has_as_many_updates_at_any_number_of_steps():
+    defaults = train_stepwise.DEFAULTS["digits"]
+    assert train_stepwise.for_steps(defaults, None) == train_stepwise.for_steps(defaults, 20)
+    assert train_stepwise.for_steps(defaults, 20) == defaults
+    for steps in (1, 10, 50):
+        settings = train_stepwise.for_steps(defaults, steps)
+        assert settings["iterations"] == 100 * steps and settings["lambda_every"] == 20 * steps
+        assert settings["beta"] == defaults["beta"] and settings["lr"] == 0.1
