@@ -38,8 +38,8 @@ from samplers import Noise, make_sampler
 from train_stepwise import add_training_flags, for_steps, run, settings_of, tell
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
-# On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and 50:
-# beta 1e-6, for 512 x 512: tau 0.9). An iteration is a row's update.
+# On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and
+# 50: beta 1e-6, for 512 x 512: tau 0.9). An iteration is a row's update.
 DEFAULTS = {"digits": dict(beta=1e-4, lr=0.1, iterations=1000, batch_size=8)}
 PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
