@@ -9,10 +9,11 @@ time beside the others, on the same noise.
 
 Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a random schedule and the
 routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
-HarmoniCa with the official code's cumulative proxy. Routers that are not in checkpoints/table are
-trained first, with --target-cur. The folder --out gets table.md, table.json, quality.png, and
-error.png (how far x_t is from the uncached trajectory, step by step). What is there already is not
-made again, so that the command goes on where it was interrupted.
+HarmoniCa with the official code's cumulative proxy; with --methods also "direct", the training on
+the image error itself. Routers that are not in checkpoints/table are trained first, with
+--target-cur. The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is
+from the uncached trajectory, step by step). What is there already is not made again, so that the
+command goes on where it was interrupted.
 
 Letters: T denoising steps, K branches, CUR the cache utilisation ratio.
 """
@@ -51,7 +52,9 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "SDT + LTC": ("train_stepwise", ["--objective", "ltc"]),
     "HarmoniCa": ("train_stepwise", []),
     "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
+    "direct": ("experiments.train_direct", []),  # if asked for: the graph of T steps is large
 }
+USUAL = ["random", *list(TRAINED)[:-1]]
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -78,7 +81,7 @@ class Row:
             {ord(","): None, ord(" "): "_", ord("+"): "p", ord(":"): "_"})
 
 
-def plan(model, sampler, steps, curs, seeds, methods=("random", *TRAINED)):
+def plan(model, sampler, steps, curs, seeds, methods=USUAL):
     """The rows of a table: a list; `methods` are those to have at each CUR wanted."""
     rows = [Row(model.name, sampler, steps, "no cache")]
     fewer = FEWER.get((sampler, steps), round(0.75 * steps))
@@ -86,9 +89,9 @@ def plan(model, sampler, steps, curs, seeds, methods=("random", *TRAINED)):
     rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
     for target in curs:
         for method in methods:
-            if method == "Learning-to-Cache" and (
-                target >= 0.5 or model.text or sampler != "ddim"
-            ):
+            if model.text and method in ("Learning-to-Cache", "direct"):
+                continue  # written for classes
+            if method == "Learning-to-Cache" and (target >= 0.5 or sampler != "ddim"):
                 continue  # it reuses at every other step at most, and is defined for DDIM
             rows += [Row(model.name, sampler, steps, method, target, s) for s in range(seeds)]
     return rows
@@ -110,7 +113,7 @@ def find_router(row, args, out):
         flags += ["--images", args.images]
     if not learning_to_cache and args.guidance is not None:
         flags += ["--guidance", args.guidance]
-    for key in ("weights", "device", "dtype") + (() if learning_to_cache else ("prompts",)):
+    for key in ("weights", "device", "dtype", "prompts"):
         if getattr(args, key) is not None:
             flags += [f"--{key}", getattr(args, key)]
     print(f"training {row.name}")
@@ -322,7 +325,7 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
          "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
          "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
-         "HarmoniCa, cumulative": ("#CC79A7", "X")}
+         "HarmoniCa, cumulative": ("#CC79A7", "X"), "direct": ("#0072B2", "p")}
 
 
 def draw_quality(table, path, title):
@@ -393,6 +396,8 @@ def save_figure(figure, path):
 def choose_items(model, args):
     """What the images show, the same in every row: classes or prompts in turn. -> a list."""
     if model.text is None:
+        if args.prompts:
+            raise ValueError(f"{model.name} is told a class, not a prompt: leave --prompts out")
         return [j % model.network.num_classes for j in range(args.num_samples)]
     prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
     return [prompts[j % len(prompts)] for j in range(args.num_samples)]
@@ -404,12 +409,12 @@ def main():
     )
     command.add_model_flags(parser)
     parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
-    parser.add_argument("--methods", default="random;" + ";".join(TRAINED),
-                        help="of those with a CUR to choose, the ones to have (default: all), like "
-                             "'random;HarmoniCa'")
+    parser.add_argument("--methods", default=";".join(USUAL),
+                        help="of those with a CUR to choose, the ones to have (default: all but "
+                             "direct, the training on the image error), like 'random;HarmoniCa'")
     parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
-    parser.add_argument("--batch-size", type=int, default=100, help="images at once (100)")
+    parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--reference", help="what the images are compared with (as metrics.py)")
     parser.add_argument("--images", help="a folder of one folder a class, for Learning-to-Cache")
     parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")

@@ -12,7 +12,7 @@ import metrics
 import models
 import router as routers
 import train_stepwise
-from experiments import paper_table, train_ltc
+from experiments import paper_table, train_direct, train_ltc
 from experiments.paper_table import Row
 
 
@@ -148,7 +148,7 @@ def test_the_papers_own_figures_stand_beside_their_rows():
 def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypatch, method):
     """The trainer gets the flags that it knows, with the row's method, CUR and seed."""
     row, seen = Row("digits", "ddim", 4, method, 0.35, 3), {}
-    trainer = train_ltc if method == "Learning-to-Cache" else train_stepwise
+    trainer = {"Learning-to-Cache": train_ltc, "direct": train_direct}.get(method, train_stepwise)
 
     def train(model, settings, out, *others):
         seen.update(settings, out=out)
@@ -172,10 +172,10 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     path, training = paper_table.find_router(row, args, tmp_path)
     assert path == tmp_path / "routers" / f"{row.name}.safetensors" and training["seconds"] == 1.0
     assert seen["target_cur"] == 0.35 and seen["seed"] == 3 and seen["steps"] == 4
-    assert seen["objective"] == {"SDT + LTC": "ltc", "Learning-to-Cache": "learning-to-cache"}.get(
-        method, "iepo")
-    assert seen["proxy"] == {"HarmoniCa, cumulative": "cumulative",
-                             "Learning-to-Cache": "none"}.get(method, "leave-one-out")
+    assert seen["objective"] == {"SDT + LTC": "ltc", "Learning-to-Cache": "learning-to-cache",
+                                 "direct": "direct"}.get(method, "iepo")
+    assert seen["proxy"] == {"HarmoniCa, cumulative": "cumulative", "Learning-to-Cache": "none",
+                             "direct": "none"}.get(method, "leave-one-out")
     monkeypatch.setattr(paper_table.subprocess, "run", None)  # the second time it is there
     assert paper_table.find_router(row, args, tmp_path)[0] == path
 
@@ -184,6 +184,7 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--curs", "0.4,x"], "--curs takes percentages"), (["--curs", "120"], "--curs takes"),
     (["--seeds", "0"], "must be 1 or more"), (["--num-samples", "2"], "4 or more"),
     (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
+    (["--prompts", "words.txt"], "told a class, not a prompt"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:
