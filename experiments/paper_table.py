@@ -22,7 +22,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -318,78 +317,6 @@ def paper_figures(model, sampler):
 
 
 # ------------------------------------------------------------------------------------------------
-# The pictures
-
-# Colours that the colour-blind can tell apart (Okabe and Ito), and a mark for each method
-LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
-         "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
-         "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
-         "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
-         "HarmoniCa, cumulative": ("#CC79A7", "X"), "direct": ("#0072B2", "p")}
-
-
-def draw_quality(table, path, title):
-    """Quality against speed-up, a point a line of the table (the paper's figure)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, (key, name) in zip(axes, (("fid", "FID"), ("error", "error to the uncached image")),
-                                 strict=True):
-        for method, (colour, mark) in LOOKS.items():
-            points = sorted((line["less"][0], *line[key]) for line in table
-                            if line["method"] == method)
-            if points and not (key == "error" and method == "no cache"):
-                x, y, deviation = zip(*points, strict=True)
-                axis.errorbar(x, y, yerr=[d or 0 for d in deviation], color=colour, marker=mark,
-                              label=method, linewidth=1, markersize=8, capsize=3)
-        axis.set_xlabel("speed-up by arithmetic")
-        axis.set_ylabel(f"{name} (lower is better)")
-        axis.set_yscale("log" if key == "error" else "linear")
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.suptitle(title)
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    save_figure(figure, path)
-
-
-def draw_error(errors, timesteps, path, title):
-    """The error of x_t, step by step: errors {name: (method, list of T)}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
-    for name, (method, values) in errors.items():
-        colour, mark = LOOKS[method]
-        axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, label=name,
-                  linewidth=1.2, markersize=6)
-    every = math.ceil(len(timesteps) / 10)
-    axis.set_xticks(range(1, len(timesteps) + 1, every),
-                    [f"{t:.0f}" for t in timesteps[::every]])
-    axis.set_xlabel("timestep, in executed order")
-    axis.set_ylabel("mean squared error of x to the uncached one")
-    axis.set_yscale("log")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
-    axis.set_title(title, fontsize=11)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    from matplotlib import pyplot
-
-    with command.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -421,6 +348,11 @@ def main():
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
     parser.add_argument("--out", type=Path, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
+    try:
+        from experiments import table_figures
+    except ImportError as error:
+        raise ValueError(f"the figures need matplotlib ({error}): install requirements-dev.txt"
+                         ) from error
     try:
         curs = [float(text) / 100 for text in args.curs.split(",")]
     except ValueError:
@@ -468,12 +400,16 @@ def main():
             schedule, _ = schedule_of(row, len(model.network.branches), args, out)
             name = f"{row.method}, CUR {100 * routers.cur(schedule):.1f} %"
             errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64])
+    about = {"model": args.model, "sampler": sampler, "steps": steps, "guidance": guidance,
+             "images": len(items), "reference": args.reference, "metrics by": network.name}
     with command.replacing(out / "table.md") as temporary:
         temporary.write_text(words)
     with command.replacing(out / "table.json") as temporary:
-        temporary.write_text(json.dumps({"table": table, "errors": errors}, indent=1) + "\n")
-    draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
-    draw_error(errors, make_sampler(sampler, steps).timesteps, out / "error.png", title)
+        content = {"about": about, "table": table, "errors": errors}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    table_figures.quality(table, out / "quality.png", f"{title}, {len(items)} images")
+    timesteps = make_sampler(sampler, steps).timesteps
+    table_figures.accumulated(errors, timesteps, out / "error.png", title)
     print(f"{title}, {len(items)} images a row; metrics by {network.name}\n\n{words}")
     print(f"{time.perf_counter() - start:.0f} s; wrote table.md, table.json, quality.png and "
           f"error.png in {out}")

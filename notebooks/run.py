@@ -122,7 +122,7 @@ def imported_files(source):
 def fingerprint(notebook):
     """Of the code, the data and the stored numbers of a notebook: a string."""
     source = "\n".join(cell.source for cell in code_cells(notebook))
-    shipped = {path for folder in ("data", "checkpoints") for path in (ROOT / folder).iterdir()}
+    shipped = {path for folder in ("data", "checkpoints") for path in (ROOT / folder).rglob("*")}
     files = imported_files(source) | {ROOT / "constraints.txt"} | shipped
     digest = hashlib.sha256(source.encode())
     for path in sorted(path for path in files if path.is_file() and path.suffix != ".md"):

@@ -1,0 +1,66 @@
+"""The figures of experiments/paper_table.py: quality against speed-up, and the error of x_t along
+the trajectory. Both take what that command writes into table.json.
+"""
+
+import math
+
+from matplotlib.figure import Figure
+
+import command
+
+# Colours that the colour-blind can tell apart (Okabe and Ito), and a mark for each method
+LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
+         "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
+         "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
+         "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
+         "HarmoniCa, cumulative": ("#CC79A7", "X"), "direct": ("#0072B2", "p")}
+
+
+def quality(table, path, title):
+    """Quality against speed-up, a point a line of the table (the paper's figure)."""
+    figure = Figure(figsize=(11, 4.5))
+    axes = figure.subplots(1, 2)
+    for axis, (key, name) in zip(axes, (("fid", "FID"), ("error", "error to the uncached image")),
+                                 strict=True):
+        for method, (colour, mark) in LOOKS.items():
+            points = sorted((line["less"][0], *line[key]) for line in table
+                            if line["method"] == method)
+            if points and not (key == "error" and method == "no cache"):
+                x, y, deviation = zip(*points, strict=True)
+                axis.errorbar(x, y, yerr=[d or 0 for d in deviation], color=colour, marker=mark,
+                              label=method, linewidth=1, markersize=8, capsize=3)
+        axis.set_xlabel("speed-up by arithmetic")
+        axis.set_ylabel(f"{name} (lower is better)")
+        axis.set_yscale("log" if key == "error" else "linear")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.suptitle(title)
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    save(figure, path)
+
+
+def accumulated(errors, timesteps, path, title):
+    """The error of x_t, step by step: errors {name: (method, list of T)}."""
+    figure = Figure(figsize=(7.5, 4.5))
+    axis = figure.subplots()
+    for name, (method, values) in errors.items():
+        colour, mark = LOOKS[method]
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, label=name,
+                  linewidth=1.2, markersize=6)
+    every = math.ceil(len(timesteps) / 10)
+    axis.set_xticks(range(1, len(timesteps) + 1, every),
+                    [f"{t:.0f}" for t in timesteps[::every]])
+    axis.set_xlabel("timestep, in executed order")
+    axis.set_ylabel("mean squared error of x to the uncached one")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    axis.set_title(title, fontsize=11)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure, path):
+    with command.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
