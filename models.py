@@ -192,7 +192,8 @@ MODELS = {  # name: weights -> Model
 
 def load(name, weights=None, device=None, dtype=None):
     """A model by name. `weights` is a file to use in place of the usual one; `device` is by default
-    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16).
+    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16). Torch's
+    kernels are chosen for it, for all that this process computes from then on (`choose_kernels`).
 
     Raises ValueError for an unknown name, device or dtype, or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
@@ -213,19 +214,27 @@ def choose_kernels(device, tokens):
     """Torch's kernels for float32 products and for attention of N = `tokens`, in this process.
 
     On a GPU products are done in TF32, as the official code has it. On a CPU "medium" leads them to
-    oneDNN, on some of them twice as fast as the usual library; where that rounds the factors to
-    bfloat16 it is undone. The fused attention of the CPU is slow for a hundred tokens or fewer.
+    oneDNN, twice as fast as the usual library on the AMD processor where that was measured; where
+    it rounds the factors to bfloat16, it is undone. The fused attention of the CPU is slow for a
+    hundred tokens or fewer.
     """
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_flash_sdp(True)
         return
     torch.set_float32_matmul_precision("medium")
-    factor = torch.linspace(0, 1, 256 * 256).view(256, 256)
-    exact = factor.double() @ factor.double()
-    if (factor @ factor - exact).norm() > 1e-5 * exact.norm():
+    if product_error() > 1e-5:
         torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(tokens > 100)  # despite its name, the CPU's as well
+
+
+def product_error():
+    """The relative error of a float32 layer on the CPU: 1e-7, or 1e-3 if factors are rounded to
+    bfloat16."""
+    factor = torch.linspace(0, 1, 256 * 256, dtype=torch.float32, device="cpu").view(256, 256)
+    exact = nn.functional.linear(factor.double(), factor.double(), factor[0].double())
+    error = nn.functional.linear(factor, factor, factor[0]) - exact
+    return (error.norm() / exact.norm()).item()
 
 
 def load_autoencoder(model, weights=None):

@@ -184,7 +184,7 @@ class BetaSearch:
 
     @property
     def found(self):
-        """The beta that, fixed from the start, would lead there."""
+        """The beta that, fixed from the start, would lead near there."""
         last = self.log_betas[len(self.log_betas) // 2 :]
         return math.exp(sum(last) / len(last)) if last else self.beta
 
@@ -200,9 +200,10 @@ class BetaSearch:
 
 
 def for_steps(defaults, steps):
-    """Settings found for T = 20 -> those for `steps` (None: 20): as many updates for every row."""
-    share = (20 if steps is None else max(1, steps)) / 20
-    return {key: math.ceil(share * value) if key in ("iterations", "lambda_every") else value
+    """Settings found for T = 20 -> those for T = `steps` (None: 20): as many trajectories. Beta is
+    left as it is, although it goes with T."""
+    T = 20 if steps is None else max(1, steps)
+    return {key: -(-value * T // 20) if key in ("iterations", "lambda_every") else value
             for key, value in defaults.items()}
 
 
@@ -382,8 +383,8 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def add_training_flags(parser):
-    """The flags of every training of a router. What is None comes from `settings_of`'s defaults."""
+def add_training_flags(parser, folder):
+    """The flags of every training of a router; `folder` says where it goes by default."""
     parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
     parser.add_argument("--target-cur", type=float,
                         help="find the beta that leads to this share of reuse, like 0.4: --beta is "
@@ -395,7 +396,7 @@ def add_training_flags(parser):
     parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
     parser.add_argument("--micro-batch", type=int,
                         help="of them, how many in memory at once; same result (default: all)")
-    parser.add_argument("--out", type=Path, help="run folder (default: in runs/)")
+    parser.add_argument("--out", type=Path, help=f"run folder (default: {folder})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
 
 
@@ -404,7 +405,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    add_training_flags(parser)
+    add_training_flags(parser, "runs/MODEL")
     parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
                         help="iepo weighs each step's error by lambda, ltc does not (iepo)")
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",

@@ -46,7 +46,7 @@ def random_model(sizes, kind=dit.DiT):
     """A frozen network with random weights, none of whose gates is zero, as a model to sample."""
     torch.manual_seed(SEED)
     network = kind(**sizes).eval().requires_grad_(False)
-    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
+    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE).to("cpu")
 
 
 def random_condition(network, images):

@@ -53,7 +53,7 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
     "direct": ("experiments.train_direct", []),  # if asked for: the graph of T steps is large
 }
-USUAL = ["random", *list(TRAINED)[:-1]]
+USUAL = ["random", *(method for method in TRAINED if method != "direct")]
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -108,8 +108,9 @@ def find_router(row, args, out):
     flags = ["--model", row.model, "--steps", row.steps, "--sampler", row.sampler, "--target-cur",
              row.target, "--seed", row.seed, *flags, "--out", run, "--resume"]
     learning_to_cache = row.method == "Learning-to-Cache"
-    if args.images and learning_to_cache:
-        flags += ["--images", args.images]
+    for key in ("images", "vae"):
+        if learning_to_cache and getattr(args, key) is not None:
+            flags += [f"--{key}", getattr(args, key)]
     if not learning_to_cache and args.guidance is not None:
         flags += ["--guidance", args.guidance]
     for key in ("weights", "device", "dtype", "prompts"):
@@ -118,7 +119,8 @@ def find_router(row, args, out):
     print(f"training {row.name}")
     done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT)
     if done.returncode:
-        raise ValueError(f"the training of {row.name} failed: the same command goes on with it")
+        raise ValueError(f"the training of {row.name} ended as said above; if it was interrupted, "
+                         "the same command goes on with it")
     with command.replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text((run / "results.json").read_text())
     with command.replacing(path) as temporary:
@@ -180,7 +182,8 @@ def measure(row, model, guidance, items, args, out, look):
     """One row of the table: a dict of numbers, made or found in `out`. Raises ValueError if what
     is found was measured otherwise."""
     about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
-             "reference": args.reference}
+             "reference": args.reference, "batch_size": args.batch_size, "weights": args.weights,
+             "dtype": args.dtype, "prompts": args.prompts}
     known = out / "rows" / f"{row.name}.json"
     if known.exists():
         values = json.loads(known.read_text())
@@ -363,10 +366,14 @@ def main():
     unknown = [method for method in methods if method not in ("random", *TRAINED)]
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
+    if len(set(methods)) < len(methods) or len(set(curs)) < len(curs):
+        raise ValueError("--methods and --curs name everything once")
     if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
         raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
 
     model = models.load(args.model, args.weights, "cpu", args.dtype)
+    if model.text and "direct" in methods:
+        raise ValueError(f"direct is written for classes, {model.name} is told a prompt")
     if model.name in pictures.NAMED:
         args.reference = args.reference or model.name
     if not args.reference:
@@ -407,9 +414,9 @@ def main():
     with command.replacing(out / "table.json") as temporary:
         content = {"about": about, "table": table, "errors": errors}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-    table_figures.quality(table, out / "quality.png", f"{title}, {len(items)} images")
+    table_figures.draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
     timesteps = make_sampler(sampler, steps).timesteps
-    table_figures.accumulated(errors, timesteps, out / "error.png", title)
+    table_figures.draw_error(errors, timesteps, out / "error.png", title)
     print(f"{title}, {len(items)} images a row; metrics by {network.name}\n\n{words}")
     print(f"{time.perf_counter() - start:.0f} s; wrote table.md, table.json, quality.png and "
           f"error.png in {out}")

@@ -1,5 +1,5 @@
 """The figures of experiments/paper_table.py: quality against speed-up, and the error of x_t along
-the trajectory. Both take what that command writes into table.json.
+the trajectory. They take what that command writes into table.json.
 """
 
 import math
@@ -16,7 +16,7 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "HarmoniCa, cumulative": ("#CC79A7", "X"), "direct": ("#0072B2", "p")}
 
 
-def quality(table, path, title):
+def draw_quality(table, path, title):
     """Quality against speed-up, a point a line of the table (the paper's figure)."""
     figure = Figure(figsize=(11, 4.5))
     axes = figure.subplots(1, 2)
@@ -40,7 +40,7 @@ def quality(table, path, title):
     save(figure, path)
 
 
-def accumulated(errors, timesteps, path, title):
+def draw_error(errors, timesteps, path, title):
     """The error of x_t, step by step: errors {name: (method, list of T)}."""
     figure = Figure(figsize=(7.5, 4.5))
     axis = figure.subplots()

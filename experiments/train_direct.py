@@ -41,7 +41,7 @@ from train_stepwise import (
     train_trajectory,
 )
 
-DEFAULTS = dict(beta=2e-5, lr=0.1, iterations=2000, batch_size=8)  # for T = 20
+DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # for CUR 40 % at T = 20
 
 
 class AttachedCache:
@@ -182,7 +182,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    add_training_flags(parser)
+    add_training_flags(parser, "runs/MODEL-direct")
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
     args = parser.parse_args()
     model = models.load(args.model, args.weights, args.device, args.dtype)

@@ -179,7 +179,7 @@ def main():
     command.add_model_flags(parser)
     parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
-    add_training_flags(parser)
+    add_training_flags(parser, "runs/MODEL-ltc")
     args = parser.parse_args()
 
     if (args.images is None) != (args.model == "digits"):
@@ -189,6 +189,9 @@ def main():
     small = args.model in DEFAULTS
     defaults = for_steps(DEFAULTS[args.model], args.steps) if small else PUBLISHED
     settings = settings_of(args, defaults)
+    if args.target_cur is not None and args.target_cur >= 0.5:
+        raise ValueError("Learning-to-Cache reuses at every other step at most: --target-cur must "
+                         "be below 0.5")
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:
         raise ValueError(f"{args.model} is told a prompt: Learning-to-Cache is for classes")

@@ -1,3 +1,16 @@
-"""The oracles import torchvision, which does not load beside every build of PyTorch."""
+"""What all tests need: libraries to compare with, and each test in the same state of torch."""
 
-import experiments.torchvision_import  # noqa: F401
+import pytest
+import torch
+
+import experiments.torchvision_import  # noqa: F401, the libraries import torchvision
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    """Loading a model chooses torch's kernels for the whole process: not beyond a test."""
+    precision = torch.get_float32_matmul_precision()
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(flash)

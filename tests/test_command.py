@@ -259,3 +259,16 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
     command.run(lambda: None)
     assert warnings.formatwarning("prompt cut", UserWarning, "x.py", 3) == "warning: prompt cut\n"
+
+
+@pytest.mark.parametrize("library", [OSError, AttributeError])
+def test_another_c_library_is_left_alone(monkeypatch, library):
+    called = []
+
+    def load(name):
+        called.append(name)
+        raise library
+
+    monkeypatch.setattr(command.ctypes, "CDLL", load)
+    command.run(lambda: called.append("main"))
+    assert called == ["libc.so.6", "main"]

@@ -443,3 +443,27 @@ def test_an_autoencoder_by_file_and_without_a_network(tmp_path, monkeypatch):
                                               "tensors of stabilityai/sdxl-vae") as caught:
         models.load_autoencoder(model)
     assert "\n" not in str(caught.value) and "--vae" in str(caught.value)
+
+
+def test_kernels_are_chosen_by_device_and_tokens(monkeypatch):
+    """Fused attention for many tokens only; fast products only where they are exact."""
+    def chosen():
+        return torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+
+    assert models.product_error() < 1e-6
+    for tokens, flash in ((100, False), (101, True), (49, False)):
+        models.choose_kernels("cpu", tokens)
+        assert chosen() == ("medium", flash)
+    models.choose_kernels("cuda", 49)
+    assert chosen() == ("high", True)
+    rounded = torch.nn.functional.linear
+
+    def linear(*args):  # as a processor does that rounds factors to bfloat16
+        if args[0].dtype == torch.float64:
+            return rounded(*args)
+        return rounded(*(x.bfloat16().float() for x in args))
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert models.product_error() > 1e-4
+    models.choose_kernels("cpu", 49)
+    assert chosen() == ("highest", False)

@@ -152,8 +152,9 @@ def test_the_fingerprint_tells_changes(tmp_path, monkeypatch):
     text, of times, or of a module that is not imported."""
     for name in ("data", "checkpoints", "notebooks"):
         (tmp_path / name).mkdir()
+    (tmp_path / "checkpoints" / "table").mkdir()
     files = {"one.py": "import two", "two.py": "", "other.py": "", "constraints.txt": "",
-             "data/digits.npz": "", "data/README.md": ""}
+             "data/digits.npz": "", "data/README.md": "", "checkpoints/table/a.json": ""}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -176,6 +177,7 @@ def test_the_fingerprint_tells_changes(tmp_path, monkeypatch):
                *(fingerprint(change=name) for name in ("one.py", "two.py", "data/digits.npz"))}
     assert len(changed) == 6
     assert fingerprint(change="constraints.txt") not in changed
+    assert fingerprint(change="checkpoints/table/a.json") != same
 
 
 def test_running_storing_and_failing(tmp_path, monkeypatch, capsys):

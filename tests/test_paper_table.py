@@ -12,7 +12,7 @@ import metrics
 import models
 import router as routers
 import train_stepwise
-from experiments import paper_table, train_direct, train_ltc
+from experiments import paper_table, table_figures, train_direct, train_ltc
 from experiments.paper_table import Row
 
 
@@ -168,10 +168,11 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     monkeypatch.setattr(trainer, "train", train)
     monkeypatch.setattr(paper_table.subprocess, "run", run)
     args = paper_table.argparse.Namespace(images=None, guidance=2.5, weights=None, device="cpu",
-                                          dtype=None, prompts=None)
+                                          dtype=None, prompts=None, vae=None)
     path, training = paper_table.find_router(row, args, tmp_path)
     assert path == tmp_path / "routers" / f"{row.name}.safetensors" and training["seconds"] == 1.0
     assert seen["target_cur"] == 0.35 and seen["seed"] == 3 and seen["steps"] == 4
+    assert seen["iterations"] == (200 if method == "Learning-to-Cache" else 400)
     assert seen["objective"] == {"SDT + LTC": "ltc", "Learning-to-Cache": "learning-to-cache",
                                  "direct": "direct"}.get(method, "iepo")
     assert seen["proxy"] == {"HarmoniCa, cumulative": "cumulative", "Learning-to-Cache": "none",
@@ -185,9 +186,42 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--seeds", "0"], "must be 1 or more"), (["--num-samples", "2"], "4 or more"),
     (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
     (["--prompts", "words.txt"], "told a class, not a prompt"),
+    (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
+    (["--model", "emoji", "--methods", "direct"], "direct is written for classes"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:
         table(*flags)
     err = capsys.readouterr().err
     assert caught.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_figures_need_matplotlib_and_say_so(table, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "experiments.table_figures", None)
+    with pytest.raises(SystemExit) as caught:
+        table()
+    assert caught.value.code == 2 and "install requirements-dev.txt" in capsys.readouterr().err
+
+
+def test_every_method_has_a_look():
+    methods = {*paper_table.FIXED, "random", *paper_table.TRAINED}
+    assert set(table_figures.LOOKS) == methods
+
+
+def test_shipped_tables_and_routers_are_whole():
+    """The command's own results, with what they are of; routers with the CUR in their name."""
+    for path in paper_table.SHIPPED.glob("*.safetensors"):
+        file = routers.load(path)
+        target = float(path.stem.rsplit("-", 2)[1]) / 100
+        assert abs(routers.cur(file.schedule()) - target) < 0.011, path.name
+        training = json.loads(path.with_suffix(".json").read_text())
+        assert training["cur"] == pytest.approx(routers.cur(file.schedule()))
+    tables = [path for path in paper_table.SHIPPED.glob("*.json")
+              if not path.with_suffix(".safetensors").exists()]
+    assert tables
+    for path in tables:
+        content = json.loads(path.read_text())
+        assert content["about"]["images"] == 2000 and content["errors"]
+        lines = content["table"]
+        assert lines[0]["method"] == "no cache" and lines[0]["error"][0] == 0
+        assert all(line["fid"][0] > 0 and line["seconds"][0] > 0 for line in lines)

@@ -193,7 +193,7 @@ def test_a_folder_of_classes(tmp_path):
     (["--images", "x"], "digits are trained on the shipped ones"),
     (["--guidance", "3"], "leave --guidance out"),
     (["--model", "emoji", "--images", "x", "--weights", "none"], "no weights at none"),
-    (["--target-cur", "40"], "a share, like 0.4"),
+    (["--target-cur", "40"], "a share, like 0.4"), (["--target-cur", "0.5"], "must be below 0.5"),
     (["--sampler", "ddpm"], "use --sampler ddim"),
     (["--batch-size", "0"], "--batch-size must be 1 or more"),
 ])
