@@ -46,6 +46,7 @@ def draw_error(errors, timesteps, path, title):
     axis = figure.subplots()
     for name, (method, values) in errors.items():
         colour, mark = LOOKS[method]
+        values = [value or math.nan for value in values]  # no mark for an error of 0
         axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, label=name,
                   linewidth=1.2, markersize=6)
     every = math.ceil(len(timesteps) / 10)
