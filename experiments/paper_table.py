@@ -352,7 +352,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
     try:
-        from experiments import table_figures
+        import experiments.table_figures as table_figures
     except ImportError as error:
         raise ValueError(f"the figures need matplotlib ({error}): install requirements-dev.txt"
                          ) from error

@@ -264,8 +264,10 @@ def test_evaluate_on_the_held_out_digits(digits):
     held_out = np.stack(list(pictures.read("digits-held-out")[1]))
     values = metrics.evaluate(held_out)
     again = metrics.evaluate(held_out, metrics.extract("digits", digits), network=digits)
-    assert values == pytest.approx(again, rel=1e-4)
-    assert values == pytest.approx(metrics.evaluate("digits-held-out"), rel=1e-4)
+    for other in (again, metrics.evaluate("digits-held-out")):
+        # They are among the reference: their nearest distance is what rounding leaves of 0.
+        assert other.pop("nearest") < 0.01
+        assert {key: values[key] for key in other} == pytest.approx(other, rel=1e-4)
     assert values["fid"] < 0.2 and values["is"] > 9
     assert values["precision"] == 1 and 0.8 < values["recall"] < 1  # all are in the reference
     assert values["nearest"] < 0.01 < values["nearest_reference"]
