@@ -13,6 +13,7 @@ memory    formulas for the bytes of training and of sampling, held against measu
 
 What is compared is measured in turn, round by round, in one process; ratios are taken within a
 round, and the figures are medians over the rounds. Weights are random: only their shapes matter.
+Torch's kernels are those that the commands use on a CPU (models.choose_kernels).
 
 Letters: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
 K branches: 2 L, for PixArt 3 L.
