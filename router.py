@@ -60,6 +60,13 @@ class Router(nn.Module):
         with torch.no_grad():
             self.rows[i - 1].clamp_(-LIMIT, LIMIT)
 
+    def start_from(self, schedule):
+        """Sets the logits to 3 where a schedule (T, K) computes and to -3 where it reuses: on
+        either side of the usual threshold, and near enough to it to be led away."""
+        with torch.no_grad():
+            for row, computes in zip(self.rows, schedule[1:], strict=True):
+                row.copy_(torch.where(computes, 3.0, -3.0))
+
     def logits(self):
         """The whole table, detached: (T, K)."""
         return torch.stack([self.first, *self.rows]).detach()

@@ -200,11 +200,17 @@ class BetaSearch:
 
 
 def for_steps(defaults, steps):
-    """Settings found for T = 20 -> those for T = `steps` (None: 20): as many trajectories. Beta is
-    left as it is, although it goes with T."""
+    """Settings found for T = 20 -> those for T = `steps` (None: 20): as many trajectories, and beta
+    times (20 / T)^2. From step to step a branch's output changes by about 1 / T, so the squared
+    error of reusing it, which beta is weighed against, goes with 1 / T^2."""
     T = 20 if steps is None else max(1, steps)
-    return {key: -(-value * T // 20) if key in ("iterations", "lambda_every") else value
-            for key, value in defaults.items()}
+    settings = {key: -(-value * T // 20) if key in ("iterations", "lambda_every") else value
+                for key, value in defaults.items()}
+    scale = (20 / T) ** 2
+    betas = defaults["beta"]
+    settings["beta"] = ({key: scale * beta for key, beta in betas.items()}
+                        if isinstance(betas, dict) else scale * betas)
+    return settings
 
 
 def settings_of(args, defaults):
@@ -275,8 +281,17 @@ def train(model, settings, out, resume=False, prompts=None):
         )
         return losses, errors, lambda_
 
-    router = routers.Router(settings["steps"], len(model.network.branches), settings["seed"])
+    router = first_router(model, settings)
     return run(model, settings, out, resume, sampler, router, trajectory, settings["steps"])
+
+
+def first_router(model, settings):
+    """The router that training starts from. Raises ValueError for an unknown schedule's name."""
+    steps, branches, seed = settings["steps"], len(model.network.branches), settings["seed"]
+    router = routers.Router(steps, branches, seed)
+    if settings.get("start"):
+        router.start_from(routers.named(settings["start"], steps, branches, seed))
+    return router
 
 
 def run(model, settings, out, resume, sampler, router, trajectory, length):
@@ -358,7 +373,7 @@ def save_run(out, model, settings, logits, timesteps, lambda_, results):
     about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}",
              "beta": results["beta"]}
     about = {key: value for key, value in about.items()
-             if value or key not in ("prompts", "images", "target_cur")}
+             if value or key not in ("prompts", "images", "start", "target_cur")}
     if settings["objective"] == "ltc":
         about["proxy"] = "none"
     routers.save(out / "router.safetensors", logits, **about)
@@ -400,12 +415,19 @@ def add_training_flags(parser, folder):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
 
 
+def add_start_flag(parser):
+    parser.add_argument("--start", metavar="SCHEDULE",
+                        help="a schedule to start from, like fora-paper:2 (default: logits drawn "
+                             "at random)")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
     add_training_flags(parser, "runs/MODEL")
+    add_start_flag(parser)
     parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
                         help="iepo weighs each step's error by lambda, ltc does not (iepo)")
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",

@@ -9,8 +9,9 @@ time beside the others, on the same noise.
 
 Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a random schedule and the
 routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
-HarmoniCa with the official code's cumulative proxy; with --methods also "direct", the training on
-the image error itself. Routers that are not in checkpoints/table are trained first, with
+HarmoniCa with the official code's cumulative proxy. With --methods also what is not in the paper:
+"direct", the training on the image error itself, and both trainings "from alternation", not from
+logits drawn at random. Routers that are not in checkpoints/table are trained first, with
 --target-cur. The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is
 from the uncached trajectory, step by step). What is there already is not made again, so that the
 command goes on where it was interrupted.
@@ -51,9 +52,13 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "SDT + LTC": ("train_stepwise", ["--objective", "ltc"]),
     "HarmoniCa": ("train_stepwise", []),
     "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
-    "direct": ("experiments.train_direct", []),  # if asked for: the graph of T steps is large
+    # Not in the paper; if asked for.
+    "HarmoniCa from alternation": ("train_stepwise", ["--start", "fora-paper:2"]),
+    "direct": ("experiments.train_direct", []),
+    "direct from alternation": ("experiments.train_direct", ["--start", "fora-paper:2"]),
 }
-USUAL = ["random", *(method for method in TRAINED if method != "direct")]
+USUAL = ["random", *list(TRAINED)[:4]]
+DIRECT = ("direct", "direct from alternation")
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -88,7 +93,7 @@ def plan(model, sampler, steps, curs, seeds, methods=USUAL):
     rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
     for target in curs:
         for method in methods:
-            if model.text and method in ("Learning-to-Cache", "direct"):
+            if model.text and method in ("Learning-to-Cache", *DIRECT):
                 continue  # written for classes
             if method == "Learning-to-Cache" and (target >= 0.5 or sampler != "ddim"):
                 continue  # it reuses at every other step at most, and is defined for DDIM
@@ -340,8 +345,9 @@ def main():
     command.add_model_flags(parser)
     parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
     parser.add_argument("--methods", default=";".join(USUAL),
-                        help="of those with a CUR to choose, the ones to have (default: all but "
-                             "direct, the training on the image error), like 'random;HarmoniCa'")
+                        help="of those with a CUR to choose, the ones to have, like "
+                             f"'random;HarmoniCa' (default: {';'.join(USUAL)}; there are also "
+                             f"{';'.join(list(TRAINED)[4:])})")
     parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
@@ -372,7 +378,7 @@ def main():
         raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
 
     model = models.load(args.model, args.weights, "cpu", args.dtype)
-    if model.text and "direct" in methods:
+    if model.text and set(DIRECT) & set(methods):
         raise ValueError(f"direct is written for classes, {model.name} is told a prompt")
     if model.name in pictures.NAMED:
         args.reference = args.reference or model.name

@@ -13,7 +13,9 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
          "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
          "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
-         "HarmoniCa, cumulative": ("#CC79A7", "X"), "direct": ("#0072B2", "p")}
+         "HarmoniCa, cumulative": ("#CC79A7", "X"),
+         "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p"),
+         "direct from alternation": ("#0072B2", "d")}
 
 
 def draw_quality(table, path, title):

@@ -2,6 +2,7 @@
 proxy lambda stands in for (HarmoniCa, https://arxiv.org/abs/2410.01723, section 3.3).
 
     python -m experiments.train_direct --target-cur 0.4      # digits, T = 10
+    python -m experiments.train_direct --start fora-paper:2  # from alternation, not from chance
     python -m experiments.train_direct --cost                # its time and memory beside SDT's
 
     L = mean (x_0 - x_0 without a cache)^2 + beta sum_ik r[i, k]
@@ -31,8 +32,10 @@ from samplers import make_sampler
 from train_stepwise import (
     PROXY,
     TRAINING,
+    add_start_flag,
     add_training_flags,
     chunks_of,
+    first_router,
     for_steps,
     measure_lambda,
     run,
@@ -105,7 +108,7 @@ def train(model, settings, out, resume=False):
                                               settings["guidance"], settings["tau"], beta)
         return [loss] * steps, [0.0] * (steps - 1) + [error], lambda_
 
-    router = routers.Router(steps, len(model.network.branches), settings["seed"])
+    router = first_router(model, settings)
     return run(model, settings, out, resume, sampler, router, trajectory, steps)
 
 
@@ -183,6 +186,7 @@ def main():
     )
     command.add_model_flags(parser)
     add_training_flags(parser, "runs/MODEL-direct")
+    add_start_flag(parser)
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
     args = parser.parse_args()
     model = models.load(args.model, args.weights, args.device, args.dtype)
@@ -190,7 +194,8 @@ def main():
         raise ValueError(f"{args.model} is told a prompt: this experiment is for models of classes")
     measure = vars(args).pop("cost")
     steps = 10 if args.steps is None else args.steps
-    settings = settings_of(args, for_steps(DEFAULTS, steps)) | {
+    defaults = for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # one for every T
+    settings = settings_of(args, defaults) | {
         "objective": "direct", "proxy": "none", "steps": steps,
         "sampler": args.sampler or model.sampler,
         "guidance": model.guidance if args.guidance is None else args.guidance,

@@ -55,6 +55,28 @@ def test_what_it_keeps_for_the_backward_grows_with_the_steps(capsys):
     assert 1.3 < ratios[0] < 3 and ratios[1] > 1.6 * ratios[0] and ratios[2] > 1.6 * ratios[1]
 
 
+def test_it_can_start_from_a_schedule(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_direct", "--steps", "4", "--iterations", "4",
+                                      "--batch-size", "1", "--start", "fora-paper:2", "--lr",
+                                      "0.01", "--out", str(tmp_path / "run")])
+    command.run(train_direct.main)
+    file = train_stepwise.routers.load(tmp_path / "run" / "router.safetensors")
+    assert file.about["start"] == "fora-paper:2"
+    assert file.schedule().equal(train_stepwise.routers.fora_paper(4, 16, 2))
+    assert (file.logits[1:].abs() - 3).abs().max() <= 0.011  # one update
+    assert (file.logits[1:].abs() != 3).any()
+
+
+@pytest.mark.parametrize("trainer", (train_stepwise, train_direct))
+def test_a_start_that_is_no_schedule(trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--steps", "4", "--start", "every-other", "--out",
+                                      str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as caught:
+        command.run(trainer.main)
+    assert caught.value.code == 2 and "unknown schedule every-other" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_direct", "--steps", "2", "--iterations", "4",
                                       "--batch-size", "1", "--out", str(tmp_path / "run")])

@@ -822,11 +822,13 @@ def test_chunks_leave_the_sampler_alone():
     assert copy.copy(sampler).timesteps == chunks[0].sampler.timesteps
 
 
-def test_every_row_has_as_many_updates_at_any_number_of_steps():
+def test_settings_for_other_numbers_of_steps():
     defaults = train_stepwise.DEFAULTS["digits"]
     assert train_stepwise.for_steps(defaults, None) == train_stepwise.for_steps(defaults, 20)
     assert train_stepwise.for_steps(defaults, 20) == defaults
     for steps in range(2, 1001):
         settings = train_stepwise.for_steps(defaults, steps)
         assert settings["iterations"] == 100 * steps and settings["lambda_every"] == 20 * steps
-        assert settings["beta"] == defaults["beta"] and settings["lr"] == 0.1
+        for objective, beta in defaults["beta"].items():
+            assert settings["beta"][objective] * steps**2 == pytest.approx(beta * 20**2)
+        assert settings["lr"] == 0.1
