@@ -10,8 +10,8 @@ time beside the others, on the same noise.
 Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a random schedule and the
 routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
 HarmoniCa with the official code's cumulative proxy. With --methods also what is not in the paper:
-"direct", the training on the image error itself, and both trainings "from alternation", not from
-logits drawn at random. Routers that are not in checkpoints/table are trained first, with
+"HarmoniCa from alternation", not from logits drawn at random, and "direct", the training on the
+image error itself. Routers that are not in checkpoints/table are trained first, with
 --target-cur. The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is
 from the uncached trajectory, step by step). What is there already is not made again, so that the
 command goes on where it was interrupted.
@@ -55,10 +55,8 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     # Not in the paper; if asked for.
     "HarmoniCa from alternation": ("train_stepwise", ["--start", "fora-paper:2"]),
     "direct": ("experiments.train_direct", []),
-    "direct from alternation": ("experiments.train_direct", ["--start", "fora-paper:2"]),
 }
 USUAL = ["random", *list(TRAINED)[:4]]
-DIRECT = ("direct", "direct from alternation")
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -93,7 +91,7 @@ def plan(model, sampler, steps, curs, seeds, methods=USUAL):
     rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
     for target in curs:
         for method in methods:
-            if model.text and method in ("Learning-to-Cache", *DIRECT):
+            if model.text and method in ("Learning-to-Cache", "direct"):
                 continue  # written for classes
             if method == "Learning-to-Cache" and (target >= 0.5 or sampler != "ddim"):
                 continue  # it reuses at every other step at most, and is defined for DDIM
@@ -378,7 +376,7 @@ def main():
         raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
 
     model = models.load(args.model, args.weights, "cpu", args.dtype)
-    if model.text and set(DIRECT) & set(methods):
+    if model.text and "direct" in methods:
         raise ValueError(f"direct is written for classes, {model.name} is told a prompt")
     if model.name in pictures.NAMED:
         args.reference = args.reference or model.name

@@ -14,8 +14,7 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
          "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
          "HarmoniCa, cumulative": ("#CC79A7", "X"),
-         "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p"),
-         "direct from alternation": ("#0072B2", "d")}
+         "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p")}
 
 
 def draw_quality(table, path, title):

@@ -148,9 +148,7 @@ def test_the_papers_own_figures_stand_beside_their_rows():
 def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypatch, method):
     """The trainer gets the flags that it knows, with the row's method, CUR and seed."""
     row, seen = Row("digits", "ddim", 4, method, 0.35, 3), {}
-    direct = method in paper_table.DIRECT
-    trainer = train_direct if direct else train_stepwise
-    trainer = train_ltc if method == "Learning-to-Cache" else trainer
+    trainer = {"Learning-to-Cache": train_ltc, "direct": train_direct}.get(method, train_stepwise)
 
     def train(model, settings, out, *others):
         seen.update(settings, out=out)
@@ -177,8 +175,8 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     assert seen["iterations"] == (200 if method == "Learning-to-Cache" else 400)
     objective, proxy = {
         "SDT + LTC": ("ltc", "leave-one-out"), "HarmoniCa, cumulative": ("iepo", "cumulative"),
-        "Learning-to-Cache": ("learning-to-cache", "none"),
-    }.get(method, ("direct", "none") if direct else ("iepo", "leave-one-out"))
+        "Learning-to-Cache": ("learning-to-cache", "none"), "direct": ("direct", "none"),
+    }.get(method, ("iepo", "leave-one-out"))
     assert seen["objective"] == objective and seen["proxy"] == proxy
     assert seen.get("start") == ("fora-paper:2" if "from alternation" in method else None)
     monkeypatch.setattr(paper_table.subprocess, "run", None)  # the second time it is there
@@ -192,7 +190,6 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--prompts", "words.txt"], "told a class, not a prompt"),
     (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
     (["--model", "emoji", "--methods", "direct"], "direct is written for classes"),
-    (["--model", "emoji", "--methods", "direct from alternation"], "written for classes"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:
