@@ -148,6 +148,7 @@ def measure_lambda(model, router, chunks, guidance, tau, variant):
 # The search for beta
 
 CLOSE = 0.01  # a CUR within a point of the wanted one will do
+STEADY = 1.15  # a beta that stands still, over the mean of one that wavers, for the same CUR
 
 
 class BetaSearch:
@@ -158,7 +159,7 @@ class BetaSearch:
     A logit takes tens of trajectories from where it starts to the threshold, so the CUR of today
     would come too late: the CUR ahead is that of the logits where their present pace (a moving
     average) leads them in 2 / lr trajectories, in which one that always goes one way comes 2 far.
-    Beta found is the (geometric) mean over the last half. Without a wanted CUR beta stands still.
+    Without a wanted CUR beta stands still.
     """
 
     def __init__(self, beta, target, tau, lr):
@@ -184,9 +185,11 @@ class BetaSearch:
 
     @property
     def found(self):
-        """The beta that, fixed from the start, would lead near there."""
+        """The beta that, fixed from the start, would lead near there: the (geometric) mean over the
+        last half, and 15 % more. A branch that beta has brought below the threshold mostly stays
+        there when beta falls again, so that a higher one is needed if it never rises (measured)."""
         last = self.log_betas[len(self.log_betas) // 2 :]
-        return math.exp(sum(last) / len(last)) if last else self.beta
+        return STEADY * math.exp(sum(last) / len(last)) if last else self.beta
 
     def state_dict(self):
         return {key: getattr(self, key) for key in ("beta", "logits", "pace", "log_betas")}
