@@ -11,10 +11,10 @@ Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a rand
 routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
 HarmoniCa with the official code's cumulative proxy. With --methods also what is not in the paper:
 "HarmoniCa from alternation", not from logits drawn at random, and "direct", the training on the
-image error itself. Routers that are not in checkpoints/table are trained first, with
---target-cur. The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is
-from the uncached trajectory, step by step). What is there already is not made again, so that the
-command goes on where it was interrupted.
+image error itself. Routers that are not in checkpoints/table are trained first, with --target-cur.
+The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is from the
+uncached trajectory, step by step). Rows that are there already are not made again, so that the
+command goes on where it was interrupted; the table and the figures are those of the last command.
 
 Letters: T denoising steps, K branches, CUR the cache utilisation ratio.
 """
@@ -52,11 +52,11 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "SDT + LTC": ("train_stepwise", ["--objective", "ltc"]),
     "HarmoniCa": ("train_stepwise", []),
     "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
-    # Not in the paper; if asked for.
     "HarmoniCa from alternation": ("train_stepwise", ["--start", "fora-paper:2"]),
     "direct": ("experiments.train_direct", []),
 }
-USUAL = ["random", *list(TRAINED)[:4]]
+EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made if asked for
+USUAL = ["random", *(method for method in TRAINED if method not in EXTRA)]
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -344,8 +344,8 @@ def main():
     parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
     parser.add_argument("--methods", default=";".join(USUAL),
                         help="of those with a CUR to choose, the ones to have, like "
-                             f"'random;HarmoniCa' (default: {';'.join(USUAL)}; there are also "
-                             f"{';'.join(list(TRAINED)[4:])})")
+                             f"'random;HarmoniCa' (default: {';'.join(USUAL)}; also "
+                             f"{';'.join(EXTRA)})")
     parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 import command
 
-# Colours that the colour-blind can tell apart (Okabe and Ito), and a mark for each method
+# Colours that the colour-blind can tell apart (Okabe and Ito), and a mark for each method; FORA's
+# two and HarmoniCa's two starts share one colour
 LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "FORA, released code": ("#56B4E9", "v"), "FORA, as reported": ("#56B4E9", "^"),
          "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),

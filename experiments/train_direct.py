@@ -2,7 +2,7 @@
 proxy lambda stands in for (HarmoniCa, https://arxiv.org/abs/2410.01723, section 3.3).
 
     python -m experiments.train_direct --target-cur 0.4      # digits, T = 10
-    python -m experiments.train_direct --start fora-paper:2  # from alternation, not from chance
+    python -m experiments.train_direct --start fora-paper:2 --out runs/direct-alternation
     python -m experiments.train_direct --cost                # its time and memory beside SDT's
 
     L = mean (x_0 - x_0 without a cache)^2 + beta sum_ik r[i, k]
@@ -44,7 +44,7 @@ from train_stepwise import (
     train_trajectory,
 )
 
-DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # for CUR 40 % at T = 20
+DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # at T = 20 a CUR of 45 %
 
 
 class AttachedCache:

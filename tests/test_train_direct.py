@@ -68,12 +68,16 @@ def test_it_can_start_from_a_schedule(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", (train_stepwise, train_direct))
-def test_a_start_that_is_no_schedule(trainer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "--steps", "4", "--start", "every-other", "--out",
+@pytest.mark.parametrize("flags, words", [
+    (["--start", "every-other"], "unknown schedule every-other"),
+    (["--start", "fora:2", "--tau", "0.04"], "--start needs a --tau from 0.05 to 0.95, not 0.04"),
+])
+def test_starts_that_cannot_be(trainer, flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--steps", "4", *flags, "--out",
                                       str(tmp_path / "run")])
     with pytest.raises(SystemExit) as caught:
         command.run(trainer.main)
-    assert caught.value.code == 2 and "unknown schedule every-other" in capsys.readouterr().err
+    assert caught.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
