@@ -57,6 +57,7 @@ TRAINED = {  # method: the module that trains its routers, and its flags
 }
 EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made if asked for
 USUAL = ["random", *(method for method in TRAINED if method not in EXTRA)]
+TIMED = 5  # batches of a row that are timed beside the same without a cache
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
 
@@ -147,17 +148,24 @@ def schedule_of(row, branches, args, out):
 # What is measured
 
 
-def draw(model, row, schedule, guidance, items, batch_size, decode, path):
+def draw(model, row, steps, schedule, guidance, items, batch_size, decode, path):
     """Makes a row's images and writes them, uint8 (N, H, W, 3) as `arr_0` of an npz. -> a dict of
-    what sampling them took. The noise of image j is that of every other row's image j."""
+    what sampling them took. The noise of image j is that of every other row's image j.
+
+    The first batches are also made without a cache at T = `steps`, in turn with the row's own: rows
+    are minutes apart, and the speed of a machine drifts."""
     sampler, cache = make_sampler(row.sampler, row.steps), Cache(schedule)
-    images, seconds = [], []
+    full = make_sampler(row.sampler, steps)
+    images, seconds, full_seconds = [], [], []
     for first in tqdm(range(0, len(items), batch_size), unit="batch", desc=row.name, disable=None):
         part = items[first : first + batch_size]
         noise = Noise(0, range(first, first + len(part)))
         x, condition = noise.start(model.shape, model.device), model.condition(part)
         if first == 0:  # one evaluation that is not timed, to warm up
             next(sample.walk(model.network, sampler, x, condition, guidance, noise=noise))
+        if first < TIMED * batch_size:
+            _, took = sample.timed_denoise(model, full, x, condition, guidance, noise=noise)
+            full_seconds.append(took / len(part))
         x, took = sample.timed_denoise(model, sampler, x, condition, guidance, cache, noise)
         seconds.append(took / len(part))
         images.append(decode(x))
@@ -167,6 +175,7 @@ def draw(model, row, schedule, guidance, items, batch_size, decode, path):
     spared = sum(n * f for n, f in zip(cache.reused, flops, strict=True)) / walks
     return {
         "cur": cache.cur, "seconds": statistics.median(seconds),
+        "faster": statistics.median(a / b for a, b in zip(full_seconds, seconds, strict=False)),
         "gflop": 2 * row.steps * (sum(flops) + rest - spared) / 1e9,
         "cache_mb": cache.peak_bytes / 1e6,
     }
@@ -195,7 +204,8 @@ def measure(row, model, guidance, items, args, out, look):
         return values
     schedule, training = schedule_of(row, len(model.network.branches), args, out)
     path = out / "images" / f"{row.name}.npz"
-    values = draw(model, row, schedule, guidance, items, args.batch_size, look.decode, path)
+    values = draw(model, row, look.first.steps, schedule, guidance, items, args.batch_size,
+                  look.decode, path)
     values["error"] = error_to(out / "images" / f"{look.first.name}.npz", path)
     values |= metrics.evaluate(str(path), look.reference, network=look.network)
     if look.clip:
@@ -255,8 +265,7 @@ def summary(rows, values):
     for row, value in zip(rows, values, strict=True):
         training = value["training"]
         value = {key: number for key, number in value.items() if isinstance(number, float)}
-        value |= {"faster": full["seconds"] / value["seconds"],
-                  "less": full["gflop"] / value["gflop"]}
+        value["less"] = full["gflop"] / value["gflop"]
         if training:
             value |= {f"training_{key}": training[key] for key in ("seconds", "images")}
             value["training_mb"] = training["peak_memory"] / 1e6

@@ -59,7 +59,7 @@ def table(tmp_path, monkeypatch):
 def numbers(out):
     """All that time does not change."""
     rows = {path.name: json.loads(path.read_text()) for path in (out / "rows").iterdir()}
-    assert all(row.pop("seconds") > 0 for row in rows.values())
+    assert all(row.pop(key) > 0 for row in rows.values() for key in ("seconds", "faster"))
     return rows, json.loads((out / "table.json").read_text())["errors"]
 
 
@@ -111,16 +111,33 @@ def test_a_table_goes_on_where_it_was(table, monkeypatch):
         table("--guidance", 2, out="parts")
 
 
+def test_real_speed_up_is_that_of_batches_in_turn(monkeypatch, tmp_path):
+    """By a clock that counts steps and runs slower and slower."""
+    model, items, clock = paper_table.models.load("digits", device="cpu"), [0] * 12, iter(range(99))
+
+    def timed(model, sampler, x, condition, guidance, cache=None, noise=None):
+        if cache:
+            cache.computed[0] += 1
+        return x, len(sampler.timesteps) * 2.0 ** next(clock)
+
+    monkeypatch.setattr(paper_table.sample, "timed_denoise", timed)
+    for steps, faster in ((6, 1 / 2), (3, 6 / 6)):
+        row = Row("digits", "ddim", steps, "fewer steps")
+        values = paper_table.draw(model, row, 6, routers.none(steps, 16), 1.0, items, 2,
+                                  lambda x: x.numpy(), tmp_path / "images.npz")
+        assert values["faster"] == pytest.approx(faster)
+
+
 def test_seeds_have_a_mean_and_a_deviation():
     rows = [Row("digits", "ddim", 20, "no cache")]
     rows += [Row("digits", "ddim", 20, "HarmoniCa", 0.4, seed) for seed in range(3)]
     training = {"seconds": 60.0, "images": 0, "peak_memory": 5e8}
     values = [
-        {"cur": cur, "fid": fid, "error": error, "seconds": seconds, "gflop": gflop,
+        {"cur": cur, "fid": fid, "error": error, "seconds": 0.2, "faster": faster, "gflop": gflop,
          "cache_mb": 0.0, "training": training if cur else {}, "computed": [16]}
-        for cur, fid, error, seconds, gflop in (
-            (0.0, 1.0, 0.0, 0.2, 6.0), (0.40, 2.0, 0.001, 0.1, 4.0), (0.41, 3.0, 0.002, 0.1, 4.0),
-            (0.39, 4.0, 0.003, 0.1, 4.0))
+        for cur, fid, error, faster, gflop in (
+            (0.0, 1.0, 0.0, 1.0, 6.0), (0.40, 2.0, 0.001, 1.8, 4.0), (0.41, 3.0, 0.002, 2.0, 4.0),
+            (0.39, 4.0, 0.003, 2.2, 4.0))
     ]
     table = paper_table.summary(rows, values)
     assert [line["seeds"] for line in table] == [1, 3]
