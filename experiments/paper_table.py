@@ -148,9 +148,9 @@ def schedule_of(row, branches, args, out):
 # What is measured
 
 
-def draw(model, row, steps, schedule, guidance, items, batch_size, decode, path):
+def draw(model, row, steps, schedule, guidance, items, seed, batch_size, decode, path):
     """Makes a row's images and writes them, uint8 (N, H, W, 3) as `arr_0` of an npz. -> a dict of
-    what sampling them took. The noise of image j is that of every other row's image j.
+    what sampling them took. The noise of image j, by `seed`, is that of every other row's image j.
 
     The first batches are also made without a cache at T = `steps`, in turn with the row's own: rows
     are minutes apart, and the speed of a machine drifts."""
@@ -159,7 +159,7 @@ def draw(model, row, steps, schedule, guidance, items, batch_size, decode, path)
     images, seconds, full_seconds = [], [], []
     for first in tqdm(range(0, len(items), batch_size), unit="batch", desc=row.name, disable=None):
         part = items[first : first + batch_size]
-        noise = Noise(0, range(first, first + len(part)))
+        noise = Noise(seed, range(first, first + len(part)))
         x, condition = noise.start(model.shape, model.device), model.condition(part)
         if first == 0:  # one evaluation that is not timed, to warm up
             next(sample.walk(model.network, sampler, x, condition, guidance, noise=noise))
@@ -195,7 +195,8 @@ def measure(row, model, guidance, items, args, out, look):
     is found was measured otherwise."""
     about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
              "reference": args.reference, "batch_size": args.batch_size, "weights": args.weights,
-             "dtype": args.dtype, "prompts": args.prompts}
+             "dtype": args.dtype, "prompts": args.prompts, "noise": args.seed,
+             "timed": TIMED}
     known = out / "rows" / f"{row.name}.json"
     if known.exists():
         values = json.loads(known.read_text())
@@ -204,8 +205,8 @@ def measure(row, model, guidance, items, args, out, look):
         return values
     schedule, training = schedule_of(row, len(model.network.branches), args, out)
     path = out / "images" / f"{row.name}.npz"
-    values = draw(model, row, look.first.steps, schedule, guidance, items, args.batch_size,
-                  look.decode, path)
+    values = draw(model, row, look.first.steps, schedule, guidance, items, args.seed,
+                  args.batch_size, look.decode, path)
     values["error"] = error_to(out / "images" / f"{look.first.name}.npz", path)
     values |= metrics.evaluate(str(path), look.reference, network=look.network)
     if look.clip:
@@ -228,9 +229,9 @@ class Look:
     clip: object
 
 
-def accumulated(model, row, schedule, guidance, items):
+def accumulated(model, row, schedule, guidance, items, seed):
     """The mean squared error of x_t against the uncached trajectory, after each step: list of T."""
-    sampler, noise = make_sampler(row.sampler, row.steps), Noise(0, range(len(items)))
+    sampler, noise = make_sampler(row.sampler, row.steps), Noise(seed, range(len(items)))
     x, condition = noise.start(model.shape, model.device), model.condition(items)
     full, cached = (
         sample.walk(model.network, sampler, x, condition, guidance, cache, noise)
@@ -355,7 +356,8 @@ def main():
                         help="of those with a CUR to choose, the ones to have, like "
                              f"'random;HarmoniCa' (default: {';'.join(USUAL)}; also "
                              f"{';'.join(EXTRA)})")
-    parser.add_argument("--seeds", type=int, default=1, help="routers of each kind (1)")
+    parser.add_argument("--seeds", type=int, default=1,
+                        help="routers of each kind, from seed 0 on (1); --seed is the images' own")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
     parser.add_argument("--reference", help="what the images are compared with (as metrics.py)")
@@ -419,9 +421,11 @@ def main():
         if row.target == curs[len(curs) // 2] and row.seed == 0:  # one CUR is enough to see
             schedule, _ = schedule_of(row, len(model.network.branches), args, out)
             name = f"{row.method}, CUR {100 * routers.cur(schedule):.1f} %"
-            errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64])
+            errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64],
+                                                   args.seed)
     about = {"model": args.model, "sampler": sampler, "steps": steps, "guidance": guidance,
-             "images": len(items), "reference": args.reference, "metrics by": network.name}
+             "images": len(items), "seed": args.seed, "reference": args.reference,
+             "metrics by": network.name}
     with command.replacing(out / "table.md") as temporary:
         temporary.write_text(words)
     with command.replacing(out / "table.json") as temporary:
@@ -430,7 +434,8 @@ def main():
     table_figures.draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
     timesteps = make_sampler(sampler, steps).timesteps
     table_figures.draw_error(errors, timesteps, out / "error.png", title)
-    print(f"{title}, {len(items)} images a row; metrics by {network.name}\n\n{words}")
+    print(f"{title}, {len(items)} images a row, seed {args.seed}; metrics by {network.name}\n\n"
+          f"{words}")
     print(f"{time.perf_counter() - start:.0f} s; wrote table.md, table.json, quality.png and "
           f"error.png in {out}")
 

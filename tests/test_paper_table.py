@@ -109,6 +109,9 @@ def test_a_table_goes_on_where_it_was(table, monkeypatch):
     assert len(count) == 10  # nothing is made again
     with pytest.raises(SystemExit):
         table("--guidance", 2, out="parts")
+    uncached = [np.load(out / "images" / "digits-ddim-3-no_cache.npz")["arr_0"]
+                for out in (whole, parts, table("--seed", 1, out="other"))]
+    assert (uncached[0] == uncached[1]).all() and (uncached[0] != uncached[2]).mean() > 0.1
 
 
 def test_real_speed_up_is_that_of_batches_in_turn(monkeypatch, tmp_path):
@@ -123,7 +126,7 @@ def test_real_speed_up_is_that_of_batches_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr(paper_table.sample, "timed_denoise", timed)
     for steps, faster in ((6, 1 / 2), (3, 6 / 6)):
         row = Row("digits", "ddim", steps, "fewer steps")
-        values = paper_table.draw(model, row, 6, routers.none(steps, 16), 1.0, items, 2,
+        values = paper_table.draw(model, row, 6, routers.none(steps, 16), 1.0, items, 0, 2,
                                   lambda x: x.numpy(), tmp_path / "images.npz")
         assert values["faster"] == pytest.approx(faster)
 
