@@ -1,18 +1,20 @@
-"""The block-level feature cache: run a branch of the network, or reuse what it gave before.
+"""The block-level feature cache: compute a branch of the network, or reuse its last output.
 
-A network calls `cache(k, branch)` where it would have called `branch()`, for each of its K residual
-branches in execution order, and `cache.start(i)` comes before each evaluation i = 0 .. T - 1. What
-is kept is the branch's output before its gate (HarmoniCa, https://arxiv.org/abs/2410.01723,
-section 3). There are two uses, hence two classes of one shape:
-
-    Cache      inference: a hard schedule; a reused branch costs no arithmetic.
-    SoftCache  training: a soft mix of new and kept, differentiable in the router's scores.
+A diffusion transformer adds K residual branches to its tokens, two or three a block. Their outputs,
+taken before the gate, change little from one denoising step to the next (HarmoniCa,
+https://arxiv.org/abs/2410.01723, section 3). So the network calls `cache(k, branch)` where it would
+have called `branch()`, in execution order, and the cache decides:
 
     cache = Cache(schedule)                        # bool (T, K), True: compute
     for i, t in enumerate(timesteps):
         prediction = network(x, t, y, cache=cache.start(i))
 
-A cache serves one batch at a time, along one trajectory; step 0 begins the next one, empty.
+    Cache      inference: a hard schedule; a reused branch costs no arithmetic
+    SoftCache  training: a soft mix of new and kept output, differentiable in the router's scores
+
+A cache serves one batch at a time, along one trajectory. Step 0 begins the next one, empty.
+
+Notation: T denoising steps, K cacheable branches, r the router's scores, tau the threshold.
 """
 
 import copy
@@ -21,12 +23,11 @@ import torch
 
 
 class Cache:
-    """Inference: branch k at step i is computed if schedule[i, k], else its kept output is used.
+    """Inference: branch k at step i is computed if schedule[i, k], and reused if not.
 
-    `schedule` is a bool tensor (T, K) whose row 0 is all True: there is nothing to reuse yet.
+    `schedule` is a bool tensor (T, K). Its row 0 is all True: there is nothing to reuse yet.
     Attributes: `computed` and `reused`, lists of K counts of what really happened; `bytes`, what
-    the cache holds now, `peak_bytes`, the most it ever held, and `full_bytes`, what all K entries
-    of the largest batch take.
+    the cache holds now, and `peak_bytes`, the most it ever held.
     Raises ValueError for another kind of schedule, or if the steps do not follow one another.
     """
 
@@ -40,37 +41,39 @@ class Cache:
         self.steps, self.step = T, T - 1
         self.kept = {}
         self.computed, self.reused = [0] * K, [0] * K
-        self.bytes = self.peak_bytes = self.first_bytes = self.full_bytes = 0
+        self.bytes = self.peak_bytes = 0
 
     def start(self, i):
         """Call before evaluation i. -> the cache itself."""
         if i == 0:
-            self.kept, self.bytes, self.first_bytes = {}, 0, 0
+            self.kept, self.bytes = {}, 0
         elif i != self.step + 1 or i >= self.steps:
             raise ValueError(f"cache: step {i} of {self.steps} does not follow step {self.step}")
         self.step = i
         return self
 
     def __call__(self, k, branch):
-        """The output of branch k, computed or kept. It stays only if the next step reuses it."""
-        reused_next = not self.schedule[self.step + 1][k]
+        """The output of branch k, computed or kept."""
+        if self.schedule[self.step][k]:
+            self.kept[k] = branch()
+        output = self.kept[k]
+        self._count(k, output)
+        self._drop_unread(k, output)
+        return output
+
+    def _count(self, k, output):
         if self.schedule[self.step][k]:
             self.computed[k] += 1
-            output = branch()
-            if self.step == 0:
-                self.first_bytes += output.nbytes
-                self.full_bytes = max(self.full_bytes, self.first_bytes)
-            if reused_next:
-                self.kept[k] = output
-                self.bytes += output.nbytes
-                self.peak_bytes = max(self.peak_bytes, self.bytes)
-            return output
-        self.reused[k] += 1
-        output = self.kept[k]
-        if not reused_next:
+            self.bytes += output.nbytes
+        else:
+            self.reused[k] += 1
+
+    def _drop_unread(self, k, output):
+        """Drops the output at once if the next step computes its own: then nothing reads it."""
+        if self.schedule[self.step + 1][k]:
             del self.kept[k]
             self.bytes -= output.nbytes
-        return output
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     @property
     def cur(self):
@@ -79,12 +82,12 @@ class Cache:
 
 
 class SoftCache:
-    """Training: every branch is computed, and mixed with the kept output by its score r.
+    """Training: every branch is computed, and mixed with its kept output by its score r.
 
-        m = r * new + (1 - r) * kept        and, where r > tau, m is kept, detached from the graph.
+        m = r * new + (1 - r) * kept        and, where r > tau, m is kept, detached from the graph
 
     Step 0 computes and keeps everything, whatever its scores. `scores(i)` gives row i, a tensor
-    (K,) in (0, 1); it is asked at each start, so that every step has a graph of its own.
+    (K,) in (0, 1). It is asked at each start, because every step has a graph of its own.
     """
 
     def __init__(self, scores, tau):
@@ -95,6 +98,7 @@ class SoftCache:
         """Call before evaluation i. -> the cache itself."""
         self.step = i
         row = self.scores(i)
+        # Unbound and copied to the host once a step: reading single scores would wait for a GPU.
         self.r, self.refresh = row.unbind(), (row > self.tau).tolist()
         return self
 
@@ -107,12 +111,12 @@ class SoftCache:
         r = self.r[k]
         mixed = r * new + (1 - r) * self.kept[k]
         if self.refresh[k]:
-            self.kept[k] = mixed.detach()
+            self.kept[k] = mixed.detach()  # the mix, as the official code keeps it
         return mixed
 
     def fork(self, scores):
-        """A cache that goes on from here under other scores. The entries are shared: they are
-        replaced, never written into."""
+        """A cache that goes on from here under other scores. Both share the entries, which are
+        replaced and never written into."""
         twin = copy.copy(self)
         twin.scores, twin.kept = scores, dict(self.kept)
         return twin

@@ -1,10 +1,14 @@
-"""A file of weights becomes a network's: read without running code from it, and fitted strictly,
-whether it has the official names or those of the library diffusers.
+"""Files of weights, and the official codes' router files, read without running code from them.
 
     state = checkpoint.read("DiT-XL-2-256x256.pt")
     network.load_state_dict(checkpoint.fitted(state, network, "DiT-XL-2-256x256.pt"))
+    logits, about = checkpoint.read_official_router("ckpt.pt")   # router.load does this for a .pt
+
+Weights fit strictly: every name and shape is the network's own, after the translation of the names
+that the library diffusers has for them.
 """
 
+import argparse
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,10 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import command
+
+# ------------------------------------------------------------------------------------------------
+# Weights
+
 
 def read(path):
-    """The tensors by name of a `.safetensors` file or of one that torch saved (`.pt`, `.pth`,
-    `.bin`, `.ckpt`), where a state dict is bare or under `ema` or `state_dict`.
+    """The tensors by name of a `.safetensors` file, or of a file that torch saved (`.pt`, `.pth`,
+    `.bin`, `.ckpt`), whose state dict is bare or under `ema` or `state_dict`.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
     """
@@ -26,7 +35,7 @@ def read(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            mmap = zipfile.is_zipfile(path)  # the format from before torch 1.6 is none
+            mmap = zipfile.is_zipfile(path)  # torch cannot map the format it had before 1.6
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a whole checkpoint, or holds objects that only running "
@@ -44,13 +53,17 @@ def read(path):
 
 
 def fitted(state, network, path):
-    """`state`, read from `path`, with exactly the names and shapes that `network` has. From the
-    layout of diffusers it is converted; fixed position embeddings, which only some files have, may
-    be left over. Raises ValueError that names every missing, unexpected and misshapen key."""
+    """`state`, read from `path`, with exactly the network's names and shapes. The layout of
+    diffusers is translated; what it lacks is not in the result (`dit.read_weights` and
+    `pixart.read_weights` supply it).
+
+    Raises ValueError that names every missing, unexpected and misshapen key.
+    """
     expected = network.state_dict()
     diffusers = "pos_embed.proj.weight" in state
     if diffusers:
         expected = to_diffusers(expected, network)
+    # Some files hold the fixed position embedding, and some networks compute it.
     unused = {"pos_embed", "pos_embed.pos_embed"} - expected.keys()
     state = {key: value for key, value in state.items() if key not in unused}
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
@@ -67,14 +80,58 @@ def fitted(state, network, path):
 
 
 # ------------------------------------------------------------------------------------------------
-# The layout of diffusers, for a network that has a table of its names, `network.diffusers`, and
-# `not_in_diffusers()`, the tensors that the layout lacks
+# The layout of diffusers
+
+# Its names -> ours. Both may end in .weight or .bias; {i} counts the
+# blocks. A triple (ours, j, n) is the j-th of n equal parts of our tensor. In a DiT of diffusers
+# every block repeats the embedders of the timestep and the label.
+DIT = {
+    "pos_embed.proj": "x_embedder.proj",
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    "transformer_blocks.{i}.norm1.linear": "blocks.{i}.adaLN_modulation.1",
+    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
+    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
+    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
+    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
+    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
+    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+PIXART = {
+    "pos_embed.proj": "x_embedder.proj",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
+    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
+    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
+    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
+    "adaln_single.linear": "t_block.1",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "transformer_blocks.{i}.scale_shift_table": "blocks.{i}.scale_shift_table",
+    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
+    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
+    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
+    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
+    "transformer_blocks.{i}.attn2.to_q": "blocks.{i}.cross_attn.q_linear",
+    "transformer_blocks.{i}.attn2.to_k": ("blocks.{i}.cross_attn.kv_linear", 0, 2),
+    "transformer_blocks.{i}.attn2.to_v": ("blocks.{i}.cross_attn.kv_linear", 1, 2),
+    "transformer_blocks.{i}.attn2.to_out.0": "blocks.{i}.cross_attn.proj",
+    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
+    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
+    "proj_out": "final_layer.linear",
+    "scale_shift_table": "final_layer.scale_shift_table",
+}
+DIFFUSERS = {"DiT": DIT, "PixArt": PIXART}  # by the class of our network
 
 
 def diffusers_names(network):
     """The network's table, written out: {its name: (our name, j, n)}."""
     ours, names = network.state_dict().keys(), {}
-    for new, old in network.diffusers.items():
+    for new, old in DIFFUSERS[type(network).__name__].items():
         old, j, n = old if isinstance(old, tuple) else (old, 0, 1)
         for i in range(len(network.blocks)):
             for end in ("", ".weight", ".bias"):
@@ -90,12 +147,89 @@ def to_diffusers(state, network):
 
 
 def from_diffusers(state, network):
-    """A whole state dict in the layout of diffusers -> the network's own. What that layout does not
-    have, the network supplies. Raises ValueError if what it repeats is not equal everywhere."""
+    """A whole state dict in the layout of diffusers -> the network's names, without the tensors
+    that the layout lacks. Raises ValueError if a repeated tensor is not the same in every block."""
     parts = {}
     for new, (old, j, n) in diffusers_names(network).items():
         known = parts.setdefault(old, [None] * n)
         if known[j] is not None and not torch.equal(known[j], state[new]):
             raise ValueError(f"{new} is not the same in every block")
         known[j] = state[new]
-    return {**network.not_in_diffusers(), **{old: torch.cat(part) for old, part in parts.items()}}
+    return {old: torch.cat(part) for old, part in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# The official codes' router files
+#
+# HarmoniCa and Learning-to-Cache save a dict: `routers`, the rows "0.prob", "1.prob", ... of K
+# logits each; `opt`, the optimiser; `args`, the flags as an argparse.Namespace. Their rows are
+# numbered by respaced timestep index, so the last one is the first step executed.
+#
+# The two differ in one rule. Learning-to-Cache trains the even rows only: its odd rows stay as they
+# were drawn, and steps of odd index always compute. HarmoniCa trains all rows but the last, which
+# it sets to 5.
+
+HIGHEST = 5.0  # what HarmoniCa sets the last row's logits to
+ALWAYS = 100.0  # a logit whose score is 1 in float32, above every tau
+UNNAMED = "an unnamed model"
+OFFICIAL_MODELS = {("DiT-XL/2", 256): "dit256", ("DiT-XL/2", 512): "dit512"}
+
+
+def read_official_router(path):
+    """An official `.pt` -> logits (T, K) in executed order, and a dict of strings, `about`, as in
+    router.RouterFile. Nothing is unpickled but tensors, plain containers and argparse.Namespace.
+    Raises ValueError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler fail in many ways
+        raise ValueError(
+            f"{path} is not a router file: it is damaged, or it holds pickled objects other than "
+            "tensors and an argparse.Namespace, which are not loaded, as they could run any code"
+        ) from error
+    try:
+        rows, args = content["routers"], content.get("args")
+        logits = torch.stack([rows[f"{i}.prob"] for i in reversed(range(len(rows)))]).float()
+        if isinstance(args, dict):  # written by `export_router`
+            return logits, {str(key): str(value) for key, value in args.items()}
+        args = {} if args is None else vars(args)
+        learning_to_cache = "lambda_c" not in args and not (logits[0] == HIGHEST).all()
+        if learning_to_cache:
+            odd = torch.arange(len(logits)).flip(0) % 2 == 1  # by respaced index
+            logits[odd] = ALWAYS
+        return logits, about_official(args, learning_to_cache)
+    except Exception as error:  # whatever else a dict, its rows and its flags may be
+        raise ValueError(
+            f"{path} is not a router file of HarmoniCa or Learning-to-Cache: it has no `routers` "
+            "with rows 0.prob, 1.prob, ... of equal length"
+        ) from error
+
+
+def about_official(args, learning_to_cache):
+    """The official training code's flags, a dict, by our names. Flags that are missing get the
+    published values: DDIM; tau 0.1 (0.9 for Learning-to-Cache at 512 x 512); guidance 1.5 for
+    HarmoniCa, 1 (none) for Learning-to-Cache."""
+    model, size, tau = (args.get(key) for key in ("model", "image_size", "ste_threshold"))
+    if tau is None:
+        tau = 0.9 if learning_to_cache and size == 512 else 0.1
+    about = {
+        "model": OFFICIAL_MODELS.get((model, size), f"{model} at {size}") if model else UNNAMED,
+        "sampler": "ddim",
+        "guidance": args.get("cfg_scale", 1.0 if learning_to_cache else 1.5),
+        "tau": tau,
+        "objective": "learning-to-cache" if learning_to_cache else "iepo",
+    }
+    if "l1" in args:
+        about["beta"] = args["l1"]
+    return {key: str(value) for key, value in about.items()}
+
+
+def export_router(path, file):
+    """Writes a router (a router.RouterFile) as a `.pt` that the official sampling code loads.
+
+    HarmoniCa's code then takes the same decisions. Learning-to-Cache's computes all of each step of
+    odd index, whatever the router says. `args` holds our settings as a plain dict: with a Namespace
+    there, torch from 2.6 on refuses the file when the official code loads it.
+    """
+    rows = {f"{i}.prob": row for i, row in enumerate(file.logits.flip(0))}
+    command.save_state(path, {"routers": rows, "args": file.about})

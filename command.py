@@ -1,5 +1,5 @@
-"""What every command shares: files that are written, or downloaded, whole or not at all, a user's
-mistake that ends in one clear line and exit code 2, and the flags that mean the same everywhere."""
+"""What every command shares: files that are written, or downloaded, whole or not at all; a user's
+mistake that ends in one clear line and exit code 2; and the flags that mean the same everywhere."""
 
 import argparse
 import contextlib
@@ -18,8 +18,8 @@ import torch
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as temporary:` write to `temporary`; it becomes `path` at the end, at
-    once and whole. If anything goes wrong, `path` is as it was and nothing is left beside it."""
+    """`with replacing(path) as temporary:` write to `temporary`, and it replaces `path` at the end,
+    whole. If anything goes wrong, `path` stays as it was and nothing is left beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
@@ -39,7 +39,7 @@ def save_state(path, state):
 
 
 def load_state(path):
-    """Reads what `save_state` wrote, running no code from the file. Raises ValueError if it is
+    """Reads what `save_state` wrote; no code from the file is run. Raises ValueError if the file is
     truncated or something else, FileNotFoundError if it is not there."""
     data = Path(path).read_bytes()
     try:
@@ -56,7 +56,7 @@ def save_image(path, image):
 
 
 def check_writable(path):
-    """Raises OSError now, rather than after an hour's work, if no file can be made at `path`."""
+    """Raises OSError if no file can be made at `path`: now, rather than after an hour's work."""
     path = Path(path)
     if path.is_dir():
         raise OSError(f"cannot write {path}: it is a folder")
@@ -66,8 +66,8 @@ def check_writable(path):
 
 
 def download(url):
-    """The file behind `url`, in torch's ordinary cache; fetched, with a progress bar, if it is not
-    there yet. A download is kept only if it has the size that the server announced.
+    """The path of the file behind `url` in torch's ordinary cache, downloaded, with a progress bar,
+    if it is not there yet. A download is kept only if it has the size that the server announced.
     Raises ConnectionError."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
@@ -78,7 +78,7 @@ def download(url):
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
             size = response.headers["Content-Length"]
         if size is None:
-            raise ConnectionError("the server does not tell the file's size")
+            raise ConnectionError("the server does not announce the file's size")
         print(f"{url} -> {path}", file=sys.stderr)
         torch.hub.download_url_to_file(url, part)
         if part.stat().st_size != int(size):
@@ -97,9 +97,8 @@ def download(url):
 
 def keep_freed_memory():
     """Has the C library keep the memory of freed tensors below 32 MB for the next ones. By default
-    it returns much of it to the system at once, and to get it back, page by page, took a quarter to
-    two fifths of the time of sampling digits on a CPU. Where the library is not GNU's, nothing
-    changes."""
+    it returns much of it to the system at once; getting it back, page by page, took a quarter to
+    two fifths of the time of sampling digits on a CPU. Only GNU's library can be told so."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -110,8 +109,8 @@ def keep_freed_memory():
 
 
 def run(main):
-    """Runs a command. A user's mistake (ValueError, OSError) is told in one line, exit code 2, a
-    warning in one line; an interruption ends with the shell's own code 130."""
+    """Runs a command. A user's mistake (ValueError, OSError) ends in one line and exit code 2. A
+    warning is one line. An interruption ends with the shell's own code, 130."""
     keep_freed_memory()
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
@@ -153,8 +152,8 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """The most memory that this process ever took, in bytes: on a GPU what torch had on it, else
-    all of the process's. None where the system does not tell (Windows)."""
+    """The most memory that this process ever took, in bytes: on a GPU what torch had there, else
+    the whole process's. None where the system does not say (Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

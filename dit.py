@@ -1,15 +1,15 @@
 """DiT: a transformer that denoises an image cut into patches (Peebles & Xie 2023, "Scalable
 Diffusion Models with Transformers", https://arxiv.org/abs/2212.09748, section 3.2).
 
-Every block adds two residual branches to its tokens, attention and an MLP, and the timestep and
-the label act only through adaLN-Zero: they shift, scale and gate each branch. Those branches are
-what HarmoniCa caches. A forward without a cache is the paper's plain network.
+Every block adds two residual branches to its tokens: attention and an MLP. The timestep and the
+label act only through adaLN-Zero, which shifts, scales and gates each branch. HarmoniCa caches the
+outputs of these branches. A forward without a cache is the paper's plain network.
 
     import dit
     network = dit.DiT(**dit.SIZES["XL/2"], input_size=32)        # 675 M parameters
     network.load_state_dict(dit.read_weights("DiT-XL-2-256x256.pt", network))
 
-Letters: B images, C channels, H side of the image, P side of a patch, N = (H / P)^2 tokens,
+Notation: B images, C channels, H side of the image, P side of a patch, N = (H / P)^2 tokens,
 D width of a token, L blocks, K = 2 L cacheable branches.
 """
 
@@ -54,8 +54,8 @@ def timestep_embedding(t, size, max_period=10000):
 
 def grid_embedding(size, rows, columns):
     """Fixed 2-D sinusoids, sines first, of the places rows (h,) and columns (w,), whole or
-    fractional: -> (h * w, size) float32, row by row. The first half of the channels tells a token's
-    column, the second its row (the official code's order)."""
+    fractional: -> (h * w, size) float32, row by row. The first half of the channels encodes a
+    token's column, the second its row (the official code's order)."""
     omega = 10000.0 ** -(torch.arange(size // 4, dtype=torch.float64) / (size // 4))
     omega = omega.to(rows.device)
     row, column = (place.double()[:, None] * omega for place in (rows, columns))  # (., size / 4)
@@ -79,7 +79,7 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x):
         x = self.proj(x).flatten(2)  # (B, D, H/P, H/P) -> (B, D, N)
-        return x.transpose(1, 2).contiguous()  # (B, N, D); all that is added to it keeps its layout
+        return x.transpose(1, 2).contiguous()  # (B, N, D), laid out as all that is added to it
 
 
 class TimestepEmbedder(nn.Module):
@@ -97,8 +97,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> vector: (B,) -> (B, D). One row more than classes: the null label, which
-    stands for "no label" in classifier-free guidance."""
+    """Class label -> vector: (B,) -> (B, D). The table has one row more than there are classes: the
+    null label, which stands for "no label" in classifier-free guidance."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -147,13 +147,13 @@ class Mlp(nn.Module):
 
 
 def compute(k, branch):
-    """What a block does with branch number k when there is no cache: computes it."""
+    """Stands in for a cache where there is none: computes branch k."""
     return branch()
 
 
 class Block(nn.Module):
-    """DiT block with adaLN-Zero (figure 3 of the paper). Branch k is attention, k + 1 the MLP;
-    a cache may answer for either with what it kept. The gates are always those of this timestep."""
+    """DiT block with adaLN-Zero (figure 3 of the paper). Branch k is attention, k + 1 the MLP. A
+    cache may return its kept output for either. The gates are always those of this timestep."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -163,11 +163,11 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x, c, run=compute, k=0):  # x (B, N, D), c (B, D)
+    def forward(self, x, c, cache=compute, k=0):  # x (B, N, D), c (B, D)
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * run(k, lambda: self.attn(modulate(self.norm1(x), shift1, scale1)))
-        x = x + gate2 * run(k + 1, lambda: self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + gate1 * cache(k, lambda: self.attn(modulate(self.norm1(x), shift1, scale1)))
+        x = x + gate2 * cache(k + 1, lambda: self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x  # (B, N, D)
 
 
@@ -213,7 +213,6 @@ class DiT(nn.Module):
             )
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.mlp_ratio = num_classes, mlp_ratio
-        self.diffusers = DIFFUSERS  # how that library names these weights
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guidance_channels = min(3, in_channels)
         self.branches = [f"{kind} {block}" for block in range(depth) for kind in ("attn", "mlp")]
@@ -232,7 +231,8 @@ class DiT(nn.Module):
         """Predicts the noise (and the variance) in x. The numbers enter and leave in x's dtype.
 
         x (B, C, H, H); t (B,) timesteps in [0, 1000), whole or fractional; y (B,) labels, the null
-        label being `num_classes`; `cache(k, branch)` answers for branch k -> (B, C_out, H, H).
+        label being `num_classes`; `cache(k, branch)` gives the output of branch k
+        -> (B, C_out, H, H).
         """
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             expected = f"(B, {self.in_channels}, {self.input_size}, {self.input_size})"
@@ -260,11 +260,6 @@ class DiT(nn.Module):
             raise ValueError(f"labels must be from 0 to {self.num_classes - 1}: {labels.tolist()}")
         labels = labels.to(self.pos_embed.device)
         return (torch.cat([labels, torch.full_like(labels, self.num_classes)]),)
-
-    def not_in_diffusers(self):
-        """What a checkpoint in the layout of diffusers does not have: the fixed pos_embed."""
-        N, D = self.pos_embed.shape[1:]
-        return {"pos_embed": position_embedding(D, math.isqrt(N))[None]}
 
     def flops(self):
         """Arithmetic of one image's forward, 2 per multiply-add, matrix products and convolution
@@ -301,24 +296,6 @@ def initialize(network):
 # ------------------------------------------------------------------------------------------------
 # Official weights
 
-# The layout of diffusers: its names -> ours, where each may go on with .weight and .bias. A triple
-# (ours, j, n) is the j-th of n equal parts of our tensor. Embedders are repeated in every block.
-DIFFUSERS = {
-    "pos_embed.proj": "x_embedder.proj",
-    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
-    "transformer_blocks.{i}.norm1.linear": "blocks.{i}.adaLN_modulation.1",
-    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
-    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
-    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
-    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
-    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
-    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
-    "proj_out_1": "final_layer.adaLN_modulation.1",
-    "proj_out_2": "final_layer.linear",
-}
-
 
 def read_weights(path, network):
     """Reads a checkpoint for `network`, with the official names or in the layout of diffusers.
@@ -326,4 +303,7 @@ def read_weights(path, network):
 
     Raises FileNotFoundError, or ValueError that names every missing, unexpected and misshapen key.
     """
-    return checkpoint.fitted(checkpoint.read(path), network, path)
+    state = checkpoint.fitted(checkpoint.read(path), network, path)
+    N, D = network.pos_embed.shape[1:]
+    # The position embedding is fixed. Files of diffusers do not hold it.
+    return {"pos_embed": position_embedding(D, math.isqrt(N))[None], **state}

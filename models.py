@@ -1,6 +1,5 @@
-"""Every name that `--model` accepts, and what stands behind it: the network and its weights, the
-shape that it denoises, what reads its prompts, the autoencoder, and the sampler, steps and guidance
-that it is used with.
+"""Every name that `--model` accepts, and what it stands for: the network and its weights, the shape
+that it denoises, the text encoder, the autoencoder, and the usual sampler, steps and guidance.
 
     model = models.load("digits")                    # shipped; "dit256" is downloaded on first use
     prediction = model.network(x, t, *model.condition(labels))
@@ -31,7 +30,7 @@ VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclasses.dataclass
 class Model:
-    """A network, ready for inference (frozen, in eval mode), and what it is used with."""
+    """A network, frozen and in eval mode, and what it is used with."""
 
     name: str
     network: nn.Module
@@ -39,7 +38,7 @@ class Model:
     steps: int
     guidance: float
     router: Path | None = None  # the shipped router for these settings
-    text: str | None = None  # what reads its prompts, "t5" or "hashed"; None: it is told a class
+    text: str | None = None  # what reads its prompts, "t5" or "hashed"; None: it takes labels
     autoencoder: str | None = None  # its repository at Hugging Face; None: it denoises pixels
     scale: float = 1.0  # of the latents: the network denoises scale * latent
     size: tuple | None = None  # (H, W) of what it denoises, if not as in training
@@ -61,8 +60,7 @@ class Model:
         return next(self.network.parameters()).device
 
     def to(self, device):
-        """Moves the network, and has torch use the kernels that are fast for it there."""
-        choose_kernels(device, math.prod(self.shape[1:]) // self.network.patch_size**2)
+        """Moves the network. -> the model itself."""
         self.network.to(device)
         return self
 
@@ -83,11 +81,16 @@ class Model:
         self.size = height // factor, width // factor
 
     def prompts(self):
-        """The prompts that it is sampled and its router is trained with, if no others are given;
-        None if it is told a class."""
+        """The default prompts, for sampling and for training its router; None if it takes
+        labels."""
         if self.text is None:
             return None
         return shipped.emoji_prompts() if self.text == "hashed" else shipped.read_prompts()
+
+    def items(self, count, prompts=None):
+        """What `count` images show: labels in turn, or prompts in turn. -> a list."""
+        choices = prompts or self.prompts() or range(self.network.num_classes)
+        return [choices[j % len(choices)] for j in range(count)]
 
     def encode(self, prompts):
         """Caption features of B prompts and their mask, as `PixArt.condition` takes them."""
@@ -97,8 +100,8 @@ class Model:
         return text.encode(prompts, max_length=tokens, file=CAPTIONS)
 
     def prepare(self, items, device=None):
-        """Has T5 read the prompts `items`, so that `condition` finds their features in a file. T5,
-        several times as large as the network, is gone from the device afterwards."""
+        """Has T5 encode the prompts `items` into a file, where `condition` finds them. T5, several
+        times as large as the network, is gone from the device afterwards."""
         if self.text == "t5":
             tokens = self.network.model_max_length
             text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS)
@@ -106,18 +109,27 @@ class Model:
 
     def null_caption(self, device=None):
         """T5's features of the empty prompt, if the weights hold no null caption; else None."""
-        if self.text == "hashed" or not self.network.y_embedder.y_embedding.isnan().any():
+        if self.text == "hashed" or self.network.y_embedder.y_embedding is not None:
             return None
         tokens = self.network.model_max_length
         return text.null_caption(max_length=tokens, device=device, file=CAPTIONS)
 
     def condition(self, items):
-        """B class labels, a tensor or a list, or B prompts -> the condition of a guided batch
-        [items, null]: a tuple for 2 B rows. Raises ValueError for a label that there is not."""
+        """B labels, a tensor or a list, or B prompts -> the condition of a guided batch
+        [items, null]: a tuple for 2 B rows. Raises ValueError for a label that does not exist."""
         if self.text is None:
             return self.network.condition(torch.as_tensor(items))
         size = self.pixels if self.network.micro_conditions else None
         return self.network.condition(*self.encode(list(items)), size, self.null_caption())
+
+    def flops(self, steps, reused=None):
+        """Arithmetic of one image in `steps` evaluations with guidance, in FLOP. `reused` (K,) says
+        how often each branch is reused in that time."""
+        branch_flops, other_flops = self.network.flops(*(self.size or ()))
+        everything = steps * (sum(branch_flops) + other_flops)
+        reused = reused or [0] * len(branch_flops)
+        saved = sum(n * f for n, f in zip(reused, branch_flops, strict=True))
+        return 2 * (everything - saved)  # the label or prompt, and without it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,7 +147,7 @@ def digits(weights):
 
 
 def emoji(weights):
-    """This project's small PixArt on the 32 x 32 pixels of emoji, which it knows by heart, trained
+    """This project's small PixArt on the 32 x 32 pixels of emoji, which it has memorised, trained
     by experiments/pretrain.py. Its prompts are hashed words."""
     network = pixart.PixArt(**pixart.SIZES["emoji"])
     weights = weights or SHIPPED / "emoji_pixart.safetensors"
@@ -192,8 +204,7 @@ MODELS = {  # name: weights -> Model
 
 def load(name, weights=None, device=None, dtype=None):
     """A model by name. `weights` is a file to use in place of the usual one; `device` is by default
-    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16). Torch's
-    kernels are chosen for it, for all that this process computes from then on (`choose_kernels`).
+    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16).
 
     Raises ValueError for an unknown name, device or dtype, or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
@@ -210,21 +221,24 @@ def load(name, weights=None, device=None, dtype=None):
     return model.to(device)
 
 
-def choose_kernels(device, tokens):
-    """Torch's kernels for float32 products and for attention of N = `tokens`, in this process.
+def choose_kernels(model, device=None):
+    """Sets torch's kernels for float32 products and for attention to those that are fast for
+    `model` on `device` (by default where it is). They hold for the whole process, so commands call
+    this once.
 
-    On a GPU products are done in TF32, as the official code has it. On a CPU "medium" leads them to
-    oneDNN, twice as fast as the usual library on the AMD processor where that was measured; where
-    it rounds the factors to bfloat16, it is undone. The fused attention of the CPU is slow for a
-    hundred tokens or fewer.
+    On a GPU products are done in TF32, as in the official code. On a CPU "medium" leads products to
+    oneDNN, twice as fast as the usual library on the AMD processor where that was measured. Where
+    it rounds the factors to bfloat16, it is undone. The CPU's fused attention is slow for a hundred
+    tokens or fewer.
     """
-    if torch.device(device).type == "cuda":
+    if torch.device(device or model.device).type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_flash_sdp(True)
         return
     torch.set_float32_matmul_precision("medium")
     if product_error() > 1e-5:
         torch.set_float32_matmul_precision("highest")
+    tokens = math.prod(model.shape[1:]) // model.network.patch_size**2
     torch.backends.cuda.enable_flash_sdp(tokens > 100)  # despite its name, the CPU's as well
 
 

@@ -1,12 +1,17 @@
-"""Images in and out: a set of them read from a folder, an npz file, an array or a data set by name;
-what a model made as pixels, as a grid, as files.
+"""Pictures in and out. Images are read from a folder, an npz file, an array or a data set by name;
+they are written as a grid or as files; the router and lambda are drawn.
 
     total, images = pictures.read("my_folder/")      # a number and a generator of (H, W, 3)
     pictures.write(Path("grid.png"), pictures.to_pixels(x))
+    pictures.heat_map(scores, tau, timesteps, branches).save("router.png")
+
+Notation: N images, T denoising steps, K cacheable branches.
 """
 
+import colorsys
 import concurrent.futures
 import itertools
+import math
 import textwrap
 import zipfile
 import zlib
@@ -18,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import command
+import router
 import shipped
 
 # ------------------------------------------------------------------------------------------------
@@ -37,8 +43,8 @@ def read(source):
     array uint8 (N, H, W, 3), a folder of pictures (in the order of their names), an npz with
     `arr_0`, or `digits`, `digits-train`, `digits-held-out`, `emoji`.
 
-    Raises FileNotFoundError, or ValueError; for a picture that cannot be read, a truncated file or
-    mixed sizes once the generator comes to it.
+    Raises FileNotFoundError, or ValueError. The generator raises ValueError when it comes to a
+    picture that cannot be read, the end of a truncated file, or another size.
     """
     if isinstance(source, np.ndarray):
         check(source.dtype, source.shape, "the array")
@@ -84,8 +90,8 @@ def folder_images(files):
 
 
 def npz_images(path):
-    """`arr_0` of an npz, as `read` gives it. It is read as a stream: numpy itself would load
-    all of it, 10 GB for 50,000 images of 256 x 256."""
+    """`arr_0` of an npz, as `read` gives it. It is read as a stream: numpy would load all of it, 10
+    GB for 50,000 images of 256 x 256."""
     try:
         stream = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115 (read on by the generator)
         version = np.lib.format.read_magic(stream)
@@ -176,3 +182,88 @@ def write(out, images, first=0, titles=None):
     else:
         for j, image in enumerate(images):
             command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))
+
+
+# ------------------------------------------------------------------------------------------------
+# The router and lambda
+
+REUSED = (150, 190, 226)  # blue
+CURVE = (40, 90, 160)  # darker blue
+
+
+def heat_map(scores, tau, timesteps, branches):
+    """Draws the router: a row per step, with its number and timestep, and a column per branch, with
+    its name. scores (T, K) in [0, 1]. Computed cells go from pale to dark orange with the score;
+    reused ones (score <= tau; never in row 0) are blue. -> a Pillow image."""
+    T, K = scores.shape
+    schedule = router.threshold(scores, tau)
+    cell = max(6, min(24, 1200 // max(T, K)))
+    font, small = ImageFont.load_default(max(10, cell * 2 // 3)), ImageFont.load_default(11)
+    left, top, bottom = 104, 80, 56
+    image = Image.new("RGB", (left + max(K * cell, 420) + 16, top + T * cell + bottom), "white")
+    draw = ImageDraw.Draw(image)
+    for i in range(T):
+        for k in range(K):
+            colour = score_colour(scores[i, k].item()) if schedule[i, k] else REUSED
+            x, y = left + k * cell, top + i * cell
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
+    every = -(-14 // cell)  # name every row and column that the font has room for
+    for i in range(0, T, every):
+        y = top + i * cell + cell // 2
+        draw.text((30, y), str(i), "black", font, anchor="rm")
+        draw.text((left - 8, y), str(timesteps[i]), "black", font, anchor="rm")
+    for k in range(0, K, every):
+        name = Image.new("RGB", (top - 6, font.size + 4), "white")
+        ImageDraw.Draw(name).text((0, 0), branches[k], "black", font)
+        image.paste(name.rotate(90, expand=True), (left + k * cell, 2))
+    draw.text((30, top - 4), "step", "black", small, anchor="rb")
+    draw.text((left - 8, top - 4), "timestep", "black", small, anchor="rb")
+    legend = (
+        f"blue: reused, scores up to tau = {tau:g} (CUR {100 * router.cur(schedule):.1f} %)\n"
+        "orange: computed, the darker the higher the score"
+    )
+    draw.text((left, top + T * cell + 10), legend, "black", ImageFont.load_default(14))
+    return image
+
+
+def score_colour(score):
+    """A score in [0, 1] -> RGB from pale to dark orange."""
+    red, green, blue = colorsys.hsv_to_rgb(0.07, 0.15 + 0.8 * score, 1 - 0.3 * score)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def lambda_curve(values, timesteps):
+    """Draws lambda(i) over the executed steps, on a logarithmic axis. values (T,); zeros are left
+    out. -> a Pillow image."""
+    width, height, left, right, top, bottom = 760, 420, 84, 24, 44, 76
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    draw.text((left, 12), "image error proxy: lambda at each executed step", "black", font)
+    points = [(i, math.log10(value)) for i, value in enumerate(values) if value > 0]
+    if not points:
+        draw.text((left, height // 2), "lambda is 0 everywhere: no reuse", "black", font)
+        return image
+    low = math.floor(min(y for _, y in points))
+    high = max(low + 1, math.ceil(max(y for _, y in points)))
+    T = len(values)
+
+    def place(i, y):
+        return (
+            left + (width - left - right) * i / (T - 1),
+            top + (height - top - bottom) * (high - y) / (high - low),
+        )
+
+    for decade in range(low, high + 1):
+        draw.line([place(0, decade), place(T - 1, decade)], "lightgray")
+        x, y = place(0, decade)
+        draw.text((x - 8, y), f"1e{decade}", "black", font, anchor="rm")
+    for i in range(0, T, -(-T // 12)):
+        x, y = place(i, low)
+        draw.line([(x, y), (x, y + 4)], "black")
+        draw.text((x, y + 6), f"{i}\n{timesteps[i]}", "black", font, anchor="ma", align="center")
+    draw.text((left, height - 22), "step, and below it its timestep", "black", font)
+    draw.line([place(*point) for point in points], CURVE, width=2)
+    for point in points:
+        x, y = place(*point)
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), CURVE)
+    return image

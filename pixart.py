@@ -1,20 +1,19 @@
-"""PixArt: a transformer that denoises latents after a caption (Chen et al. 2023, "PixArt-alpha",
+"""PixArt: a transformer that denoises latents by a caption (Chen et al. 2023, "PixArt-alpha",
 https://arxiv.org/abs/2310.00426, section 2.3; PixArt-Sigma, https://arxiv.org/abs/2403.04692).
 
-It is DiT with two changes. Every block also looks at the caption: a cross-attention between the
-self-attention and the MLP, without norm, modulation or gate. And the timestep is turned into the
-modulation once for all blocks, to which each adds a table of its own (adaLN-single). The three
-residual branches of a block are what HarmoniCa caches.
+It is DiT with two changes. Every block also attends to the caption: a cross-attention between the
+self-attention and the MLP, without norm, modulation or gate. And the modulation is computed from
+the timestep once for all blocks; each block adds a table of its own (adaLN-single). HarmoniCa
+caches the outputs of a block's three residual branches.
 
     import pixart
     network = pixart.PixArt(**pixart.SIZES["alpha256"])          # 611 M parameters
     network.load_state_dict(pixart.read_weights("PixArt-XL-2-256x256.pth", network))
 
-Letters: B images, C channels, H and W sides of the latent, P side of a patch, N = H W / P^2 tokens,
-M caption tokens, D width of a token, L blocks, K = 3 L cacheable branches.
+Notation: B images, C channels, H and W sides of the latent, P side of a patch, N = H W / P^2
+tokens, M caption tokens, D width of a token, L blocks, K = 3 L cacheable branches.
 """
 
-import math
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,9 @@ SIZES = {
 
 
 class CaptionEmbedder(nn.Module):
-    """Caption features -> tokens: (B, M, caption_channels) -> (B, M, D). It also holds the features
-    of the null caption, which stands for "no caption" in classifier-free guidance; they are drawn
-    once and not trained."""
+    """Caption features -> tokens: (B, M, caption_channels) -> (B, M, D). `y_embedding` holds the
+    features of the null caption, which stands for "no caption" in classifier-free guidance. They
+    are drawn once and not trained; None if the weights have no null caption."""
 
     def __init__(self, caption_channels, hidden_size, tokens):
         super().__init__()
@@ -62,8 +61,8 @@ class CaptionEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens look at caption tokens: x (B, N, D), y (B, M, D) -> (B, N, D). Where mask (B, M)
-    is False, the caption is padding that nobody sees."""
+    """Image tokens attend to caption tokens: x (B, N, D), y (B, M, D) -> (B, N, D). Where mask
+    (B, M) is False, the caption is padding and gets no attention."""
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
@@ -86,7 +85,7 @@ class CrossAttention(nn.Module):
 
 class Block(nn.Module):
     """PixArt block with adaLN-single (figure 4 of the paper). Branch k is the self-attention, k + 1
-    the cross-attention, k + 2 the MLP; a cache may answer for each with what it kept. The gates are
+    the cross-attention, k + 2 the MLP. A cache may return its kept output for each. The gates are
     always those of this timestep."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
@@ -98,13 +97,13 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
-    def forward(self, x, y, mask, modulation, run=compute, k=0):
+    def forward(self, x, y, mask, modulation, cache=compute, k=0):
         """x (B, N, D), y (B, M, D), mask (B, M), modulation (B, 6, D) -> (B, N, D)."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)  # each (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        x = x + gate1 * run(k, lambda: self.attn(modulate(self.norm1(x), shift1, scale1)))
-        x = x + run(k + 1, lambda: self.cross_attn(x, y, mask))
-        x = x + gate2 * run(k + 2, lambda: self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + gate1 * cache(k, lambda: self.attn(modulate(self.norm1(x), shift1, scale1)))
+        x = x + cache(k + 1, lambda: self.cross_attn(x, y, mask))
+        x = x + gate2 * cache(k + 2, lambda: self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x  # (B, N, D)
 
 
@@ -143,12 +142,12 @@ class PixArt(nn.Module):
         (others are allowed, also H != W), `patch_size` P, `in_channels` C, `hidden_size` D, `depth`
         L, `num_heads`, `mlp_ratio`, `caption_channels`, `model_max_length` M, `learn_sigma`:
         predict the variance beside the noise, so that C_out = 2 C, else C; `pe_interpolation`, the
-        divisor of the tokens' places; `micro_conditions`: also look at the picture's size and
-        aspect ratio (alpha 1024). And one of our own, `predict_v`: what comes out of the last layer
-        is v = alpha eps - sigma x_0 (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512,
-        appendix D), of which `forward` makes the noise. Where x is nearly all noise, a network of
-        eps has to copy x to within a hundredth before what it thinks of x_0 counts at all; v is
-        then -x_0.
+        divisor of the tokens' places; `micro_conditions`: also condition on the picture's size and
+        aspect ratio (alpha 1024). And one of our own, `predict_v`: the last layer predicts
+        v = alpha eps - sigma x_0 (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512,
+        appendix D), which `forward` turns into the noise. At high noise x is almost eps: a network
+        that predicts eps must first reproduce x to within 1 % before its loss depends on x_0.
+        There v is almost -x_0, so predicting v asks for x_0 directly.
     Attributes: `branches`, the names of the K cacheable branches in execution order;
         `guidance_channels`, how many leading channels classifier-free guidance acts on: all, as the
         official code has it with DPM-Solver++ and SA-Solver (with IDDPM the first three: set it).
@@ -176,7 +175,6 @@ class PixArt(nn.Module):
         self.predict_v = predict_v
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.guidance_channels = in_channels
-        self.diffusers = DIFFUSERS  # how that library names these weights
         kinds = ("attn", "cross", "mlp")
         self.branches = [f"{kind} {block}" for block in range(depth) for kind in kinds]
 
@@ -197,7 +195,8 @@ class PixArt(nn.Module):
 
         x (B, C, H, W); t (B,) timesteps in [0, 1000), whole or fractional; y (B, M,
         caption_channels), mask (B, M) and, with micro-conditions, size (B, 2) and ratio (B, 1) as
-        `condition` makes them; `cache(k, branch)` answers for branch k -> (B, C_out, H, W).
+        `condition` makes them; `cache(k, branch)` gives the output of branch k
+        -> (B, C_out, H, W).
         """
         P, (H, W) = self.patch_size, x.shape[-2:]
         if x.dim() != 4 or x.shape[1] != self.in_channels or H % P or W % P:
@@ -240,39 +239,39 @@ class PixArt(nn.Module):
 
         captions (B, M, caption_channels), the features of the prompts; mask (B, M), True (or 1) at
         their tokens, False at padding; size (height, width) of the pictures in pixels, by default
-        that of training, which only micro-conditions look at; null (M, caption_channels), the
-        features of the null caption, by default those of the checkpoint.
+        that of training, which only micro-conditions need; null (M, caption_channels), the features
+        of the null caption, by default those of the checkpoint.
         -> y (2 B, M, caption_channels), mask (2 B, M) bool, and with micro-conditions also
         size (2 B, 2) and aspect ratio height / width (2 B, 1).
 
-        As in the official code, the null half sees as many tokens as the caption beside it: the
-        mask is repeated. An empty prompt, one of zero features and a mask that is all False (as the
-        hashed words make it), is the null caption itself, with all its tokens.
+        As in the official code the mask is repeated, so the null half attends to as many tokens as
+        the caption beside it. An empty prompt (zero features and a mask that is all False, as the
+        hashed words make it) is the null caption itself, with all its tokens.
 
         alpha's null caption is in the checkpoint (`y_embedder.y_embedding`). Sigma was trained with
-        T5's features of the empty string, all 300 of them, in that place, and the official sampling
-        encodes them anew: give them as `null` to do so too. Files of the diffusers layout hold no
-        null caption, and need it.
+        T5's 300 features of the empty string in its place, and the official sampling encodes them
+        anew: give them as `null` to do the same. Files of the diffusers layout hold no null
+        caption, so they need `null` too.
 
         Raises ValueError for other shapes, a mask that is all False with a caption that is not
         zero, or a null caption that is needed and not given.
         """
         shape = self.model_max_length, self.caption_channels
-        device = self.y_embedder.y_embedding.device
-        captions, mask = captions.to(device), mask.to(device).bool()
-        null = self.y_embedder.y_embedding if null is None else null.to(device)
+        null = self.y_embedder.y_embedding if null is None else null
+        if null is None:
+            raise ValueError("these weights hold no null caption (those of the diffusers layout "
+                             "never do): give the features of the empty prompt as `null`")
+        device = self.x_embedder.proj.weight.device
+        captions, mask, null = captions.to(device), mask.to(device).bool(), null.to(device)
         if captions.shape[1:] != shape or mask.shape != captions.shape[:2] or null.shape != shape:
             raise ValueError(
                 f"captions must be (B, M, channels) = (B, {shape[0]}, {shape[1]}), their mask "
                 f"(B, {shape[0]}) and the null caption {shape}, not {tuple(captions.shape)}, "
                 f"{tuple(mask.shape)} and {tuple(null.shape)}"
             )
-        if null.isnan().any():
-            raise ValueError("these weights hold no null caption (those of the diffusers layout "
-                             "never do): give the features of the empty prompt as `null`")
         unseen = ~mask.any(dim=1)  # (B,)
         if (unseen & captions.any(dim=2).any(dim=1)).any():
-            raise ValueError("a caption's mask is all False: nothing of it would be seen")
+            raise ValueError("a caption's mask is all False: all of it would be left out")
         null = null.to(captions.dtype).expand_as(captions)
         captions = torch.where(unseen[:, None, None], null, captions)
         mask = mask | unseen[:, None]
@@ -282,12 +281,6 @@ class PixArt(nn.Module):
         height, width = size or (8 * self.input_size, 8 * self.input_size)
         size = torch.tensor([[height, width]], dtype=torch.float32, device=device)
         return y, mask, size.repeat(len(y), 1), (size[:, :1] / size[:, 1:]).repeat(len(y), 1)
-
-    def not_in_diffusers(self):
-        """What a checkpoint in the layout of diffusers does not have: the null caption. It becomes
-        NaN, by which `condition` knows that it is not there."""
-        return {"y_embedder.y_embedding":
-                torch.full((self.model_max_length, self.caption_channels), math.nan)}
 
     def flops(self, H=None, W=None):
         """Arithmetic of one image's forward, 2 per multiply-add, matrix products and convolution
@@ -307,10 +300,10 @@ class PixArt(nn.Module):
 
 
 def initialize(network):
-    """For training from scratch: the official initialisation (the output starts at zero, the gates
-    at what the small random tables let through) with one departure, the caption's path. Officially
-    its first layers are N(0, 0.02^2), for the 4,096 channels of T5, and the cross-attentions start
-    at zero; here all are Xavier's, the cross-attentions' outputs at half of that."""
+    """For training from scratch: the official initialisation with one departure, the caption's
+    path. The output starts at zero, the gates at small random values. Officially the caption's
+    first layers are N(0, 0.02^2), for the 4,096 channels of T5, and the cross-attentions start at
+    zero. Here all of these are Xavier's, the cross-attentions' outputs at half of that."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -331,33 +324,6 @@ def initialize(network):
 # ------------------------------------------------------------------------------------------------
 # Official weights
 
-# The layout of diffusers, as checkpoint.to_diffusers reads it (see dit.DIFFUSERS)
-DIFFUSERS = {
-    "pos_embed.proj": "x_embedder.proj",
-    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
-    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
-    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
-    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
-    "adaln_single.linear": "t_block.1",
-    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
-    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
-    "transformer_blocks.{i}.scale_shift_table": "blocks.{i}.scale_shift_table",
-    "transformer_blocks.{i}.attn1.to_q": ("blocks.{i}.attn.qkv", 0, 3),
-    "transformer_blocks.{i}.attn1.to_k": ("blocks.{i}.attn.qkv", 1, 3),
-    "transformer_blocks.{i}.attn1.to_v": ("blocks.{i}.attn.qkv", 2, 3),
-    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
-    "transformer_blocks.{i}.attn2.to_q": "blocks.{i}.cross_attn.q_linear",
-    "transformer_blocks.{i}.attn2.to_k": ("blocks.{i}.cross_attn.kv_linear", 0, 2),
-    "transformer_blocks.{i}.attn2.to_v": ("blocks.{i}.cross_attn.kv_linear", 1, 2),
-    "transformer_blocks.{i}.attn2.to_out.0": "blocks.{i}.cross_attn.proj",
-    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
-    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
-    "proj_out": "final_layer.linear",
-    "scale_shift_table": "final_layer.scale_shift_table",
-}
-
 
 def read_weights(path, network):
     """Reads a checkpoint for `network`: official, or in the layout of diffusers, which lacks the
@@ -376,4 +342,7 @@ def read_weights(path, network):
     if micro != network.micro_conditions:
         raise ValueError(f"{path} has {'' if micro else 'no '}micro-conditions, unlike the network "
                          "(of the published models only alpha 1024 has them)")
-    return checkpoint.fitted(state, network, path)
+    state = checkpoint.fitted(state, network, path)
+    if "y_embedder.y_embedding" not in state:
+        network.y_embedder.y_embedding = None  # no longer a part of the network's state
+    return state

@@ -1,4 +1,4 @@
-"""From noise to pictures: guidance, the denoising loop, and the command.
+"""From noise to pictures: the command.
 
     python sample.py                                  # digits with the shipped router
     python sample.py --compare --out compare.png      # full and cached from the same noise
@@ -6,7 +6,10 @@
     python sample.py --model pixart256 --prompt "a red apple" --prompt "a dog"
     python sample.py --model dit256 --labels random --num-samples 50000 --out images
 
-Letters: B images, C channels of the latent (or of the pixels), T steps, K branches.
+`samplers.denoise` is the loop that does the work.
+
+Notation: B images at once, N in all, C channels of the latent (or of the pixels), T steps,
+K branches.
 """
 
 import argparse
@@ -26,63 +29,21 @@ import pictures
 import router
 import shipped
 from cache import Cache
-from samplers import DDIM, DDPM, DPMSolverPlusPlus, Noise, SASolver, make_sampler
-
-__all__ = ["DDIM", "DDPM", "DPMSolverPlusPlus", "Noise", "SASolver", "denoise", "guided",
-           "make_sampler", "walk"]
+from samplers import Noise, denoise, make_sampler, walk
 
 # ------------------------------------------------------------------------------------------------
-# The denoising loop
+# What to make
 
 
-def guided(network, x, t, condition, scale, cache=None, channels=math.inf):
-    """Classifier-free guidance: one batch of [condition, null], eps = null + scale (cond - null)
-    on the leading channels, the network's `guidance_channels` or, if those are fewer, `channels`
-    (the sampler's); the others stay as they are.
-
-    x (B, C, H, W), t a number, condition a tuple for 2 B rows -> (2 B, C_out, H, W).
-    """
-    x = torch.cat([x, x])
-    t = torch.full((len(x),), t, device=x.device)
-    output = network(x, t, *condition, cache=cache)
-    channels = min(network.guidance_channels, channels)
-    cond, null = output[:, :channels].chunk(2)
-    eps = null + scale * (cond - null)
-    return torch.cat([torch.cat([eps, eps]), output[:, channels:]], dim=1)
-
-
-@torch.no_grad()
-def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
-    """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on.
-    A sampler with history goes on from step `first` as a copy.copy of itself, made there."""
-    for i in range(first, len(sampler.timesteps)):
-        if cache is not None:
-            cache.start(i)
-        prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache,
-                            sampler.guidance_channels)
-        x = sampler.step(prediction, i, x, noise)
-        yield x
-
-
-def denoise(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
-    """The denoising loop, to its end: x (B, C, H, W) before step `first` -> x_0."""
-    for after in walk(network, sampler, x, condition, guidance, cache, noise, first):
-        x = after
-    return x
-
-
-# ------------------------------------------------------------------------------------------------
-# The command
-
-
-def choose_schedule(args, model, sampler, steps, guidance):
-    """The flags -> schedule (T, K) and the words that say where it comes from."""
+def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=None, seed=0):
+    """A router file, or a schedule by name, or else the shipped router, at threshold `tau` (None:
+    the router's own) -> schedule (T, K), and words that say where it comes from. `sampler` is its
+    name. Raises ValueError or FileNotFoundError."""
     branches = len(model.network.branches)
-    if args.schedule and args.tau is not None:
+    if name and tau is not None:
         raise ValueError("--tau is the threshold of a router; a --schedule has none")
-    if args.schedule:
-        return router.named(args.schedule, steps, branches, args.seed), f"schedule {args.schedule}"
-    path = args.router
+    if name:
+        return router.named(name, steps, branches, seed), f"schedule {name}"
     if path is None:
         if (sampler, steps) != (model.sampler, model.steps) or model.router is None:
             words = f"no router is shipped for {model.name} with {sampler}, T = {steps}: no cache"
@@ -90,7 +51,7 @@ def choose_schedule(args, model, sampler, steps, guidance):
         path = model.router
     file = router.load(path)
     file.check(model.name, sampler, steps, branches)
-    tau = file.tau if args.tau is None else args.tau
+    tau = file.tau if tau is None else tau
     words = f"router {path}, tau {tau:g}"
     if float(file.about["guidance"]) != guidance:
         words += f", trained at guidance {file.about['guidance']}"
@@ -110,34 +71,42 @@ def choose_labels(text, classes, count, seed):
     return [int(labels[j % len(labels)]) for j in range(count)]
 
 
-def choose_items(args, model):
-    """What each image is to show, by the flags: a list of labels or of prompts. Prompts are taken
-    in turn, each once if no number of images is given. Raises ValueError."""
+def choose_items(model, labels=None, prompts=None, count=None, seed=0):
+    """What each image shows: a list of labels or of prompts, in turn. `count` is by default 20, or
+    one image for each of the `prompts` given. Raises ValueError."""
     if model.text is None:
-        if args.prompt or args.prompts:
-            raise ValueError(f"{model.name} is told a class, not a prompt: use --labels")
-        count = 20 if args.num_samples is None else args.num_samples
-        return choose_labels(args.labels, model.network.num_classes, count, args.seed)
-    if args.labels:
-        raise ValueError(f"{model.name} is told a prompt, not a class: use --prompt or --prompts")
-    if args.prompt and any("\n" in prompt for prompt in args.prompt):
-        raise ValueError("a --prompt is one line")
-    given = args.prompt or (shipped.read_prompts(args.prompts) if args.prompts else None)
-    prompts, count = given or model.prompts(), args.num_samples
+        if prompts:
+            raise ValueError(f"{model.name} takes labels, not prompts: use --labels")
+        count = 20 if count is None else count
+        return choose_labels(labels, model.network.num_classes, count, seed)
+    if labels:
+        raise ValueError(f"{model.name} takes prompts, not labels: use --prompt or --prompts")
     if count is None:
-        count = len(given) if given else 20
-    return [prompts[j % len(prompts)] for j in range(count)]
+        count = len(prompts) if prompts else 20
+    return model.items(count, prompts)
 
 
-def choose_out(args):
-    """The path to write to, tried out now rather than after the work. Raises ValueError or OSError
-    if it cannot take what the command makes."""
-    out = args.out or Path("latents.npz" if args.latents else "samples.png")
+def read_prompts(prompt, path):
+    """`--prompt`, a list, or `--prompts`, a file -> a list, or None if neither is given.
+    Raises ValueError for a prompt of several lines."""
+    if prompt and any("\n" in text for text in prompt):
+        raise ValueError("a --prompt is one line")
+    return prompt or (shipped.read_prompts(path) if path else None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where it goes
+
+
+def choose_out(out, latents, compare):
+    """The path to write to (None: the usual one), tried out now rather than after the work. Raises
+    ValueError or OSError if it cannot take what the command makes."""
+    out = out or Path("latents.npz" if latents else "samples.png")
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out is a .png, a .npz or a folder (a name without a dot), not {out}")
-    if args.latents and (out.suffix != ".npz" or args.compare):
+    if latents and (out.suffix != ".npz" or compare):
         raise ValueError("--latents go into a file: use --out NAME.npz, without --compare")
-    if args.compare and out.suffix != ".png":
+    if compare and out.suffix != ".png":
         raise ValueError(f"--compare draws one picture: use --out NAME.png, not {out}")
     command.check_writable(out if out.suffix else out / "000000.png")
     return out
@@ -147,6 +116,12 @@ def folder_notes(settings, items):
     """What is noted in a folder of images: {file name: text}."""
     return {"items.txt": "".join(f"{item}\n" for item in items),
             "settings.json": json.dumps(settings) + "\n"}
+
+
+def write_notes(folder, settings, items):
+    for name, text in folder_notes(settings, items).items():
+        with command.replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def continue_folder(folder, settings, items):
@@ -165,27 +140,32 @@ def continue_folder(folder, settings, items):
     return next(missing, len(items))
 
 
-def make_decoder(model, args):
-    """What turns x_0 (B, C, H, W) into what is written: uint8 (B, H, W, 3), or latents."""
+def make_decoder(model, vae=None, latents=False):
+    """What turns x_0 (B, C, H, W) into what is written: uint8 (B, H, W, 3), or latents. `vae` is
+    the autoencoder's file, if not the usual one."""
     if not model.autoencoder:
-        if args.vae or args.latents:
+        if vae or latents:
             raise ValueError(f"{model.name} makes pixels: --vae and --latents are for latents")
         return pictures.to_pixels
-    if args.latents:
+    if latents:
         return lambda x: x.cpu().numpy()
-    autoencoder = models.load_autoencoder(model, args.vae)
+    autoencoder = models.load_autoencoder(model, vae)
     return lambda x: pictures.to_pixels(autoencoder.decode(x / model.scale))
 
 
-@dataclasses.dataclass
-class Totals:
-    """What sampling took for the images that were timed: with a cache and without one, the same
-    images both ways; or, if no cache is used, without."""
+# ------------------------------------------------------------------------------------------------
+# Making it, and what it takes
 
-    images: int = 0
-    seconds: float = 0.0
+
+@dataclasses.dataclass
+class Batch:
+    """Images made together; and the same without a cache, if they were made too."""
+
+    first: int  # the number of its first image
+    x: torch.Tensor  # x_0 (B, C, H, W)
+    seconds: float
+    full: torch.Tensor | None = None
     full_seconds: float = 0.0
-    squared_error: float = 0.0  # between the two ways, summed over the images
 
 
 def timed_denoise(model, *args, **kwargs):
@@ -200,56 +180,69 @@ def timed_denoise(model, *args, **kwargs):
     return x, seconds
 
 
-def generate(model, sampler, guidance, items, seed, batch_size, cache, compare, totals, first=0):
-    """Samples in batches, from image number `first` on: yields the number of a batch's first image,
-    its x_0 (B, C, H, W), and the same images made without a cache.
-
-    The latter are made for the first batch, which is enough for time and error, or for all if
-    `compare`; else they are None. `cache` is None for sampling without one. Fills in `totals`.
-    """
+def generate(model, sampler, guidance, items, seed, batch_size, cache=None, first=0, twice=0,
+             full_sampler=None, words=None):
+    """Samples in batches, from image number `first` on: yields a Batch each. The first `twice`
+    batches are also made without a cache, by `full_sampler` (None: the same sampler). The progress
+    bar says `words`."""
     starts = range(first, len(items), batch_size)
-    for start in tqdm(starts, unit="batch", disable=None):
-        images = range(start, min(start + batch_size, len(items)))
-        noise = Noise(seed, images)
+    for n, start in enumerate(tqdm(starts, unit="batch", desc=words, disable=None)):
+        numbers = range(start, min(start + batch_size, len(items)))
+        noise = Noise(seed, numbers)
         x = noise.start(model.shape, model.device)
-        condition = model.condition(items[start : images.stop])
-        if start == first:  # one evaluation that is not timed, to warm up
+        condition = model.condition(items[start : numbers.stop])
+        if n == 0:  # the first evaluation of a process is slow: one that is not timed
             next(walk(model.network, sampler, x, condition, guidance, noise=noise))
-        full = None
-        both = cache is not None and (compare or start == first)
-        if both:
-            full, full_seconds = timed_denoise(model, sampler, x, condition, guidance, noise=noise)
+        full, full_seconds = None, 0.0
+        if n < twice:
+            full, full_seconds = timed_denoise(model, full_sampler or sampler, x, condition,
+                                               guidance, noise=noise)
         x, seconds = timed_denoise(model, sampler, x, condition, guidance, cache, noise)
-        if both or cache is None:
-            totals.images += len(images)
-            totals.seconds += seconds
-        if both:
-            totals.full_seconds += full_seconds
-            totals.squared_error += len(images) * (x - full).double().square().mean().item()
-        yield start, x, full
+        yield Batch(start, x, seconds, full, full_seconds)
+
+
+@dataclasses.dataclass
+class Totals:
+    """Seconds and error of the timed images. With a cache they are made twice: `seconds` is with
+    it, `full_seconds` without. Without a cache only `seconds` is filled in."""
+
+    images: int = 0
+    seconds: float = 0.0
+    full_seconds: float = 0.0
+    squared_error: float = 0.0  # between the two ways, summed over the images
+
+    def add(self, batch):
+        self.images += len(batch.x)
+        self.seconds += batch.seconds
+        self.full_seconds += batch.full_seconds
+        if batch.full is not None:
+            error = (batch.x - batch.full).double().square().mean().item()
+            self.squared_error += len(batch.x) * error
+
+
+def counted_flops(model, cache):
+    """Arithmetic of one image in FLOP, from what the cache counted, not from its schedule."""
+    trajectories = (cache.computed[0] + cache.reused[0]) / cache.steps
+    return model.flops(cache.steps, [n / trajectories for n in cache.reused])
 
 
 def report(model, steps, cache, totals):
     """Prints what sampling took, without the autoencoder."""
     seconds = totals.seconds / totals.images
-    branch_flops, other_flops = model.network.flops(*(model.size or ()))
-    gflop = 2 * steps * (sum(branch_flops) + other_flops) / 1e9  # with and without the label
+    gflop = model.flops(steps) / 1e9
     if cache is None:
         print(f"seconds per image {seconds:.4f}, GFLOP per image {gflop:.3f}")
         return
-    # Counted: what each branch was really spared, in one average trajectory.
-    walks = (cache.computed[0] + cache.reused[0]) / steps
-    spared = sum(n * f for n, f in zip(cache.reused, branch_flops, strict=True)) / walks
-    share = spared / (steps * (sum(branch_flops) + other_flops))
+    cached_gflop = counted_flops(model, cache) / 1e9
     full_seconds = totals.full_seconds / totals.images
     print(f"                     no cache      cached\n"
           f"seconds per image  {full_seconds:10.4f}  {seconds:10.4f}   "
           f"{full_seconds / seconds:.2f} x faster\n"
-          f"GFLOP per image    {gflop:10.3f}  {gflop * (1 - share):10.3f}   "
-          f"{1 / (1 - share):.2f} x by arithmetic, {100 * share:.1f} % saved\n"
+          f"GFLOP per image    {gflop:10.3f}  {cached_gflop:10.3f}   "
+          f"{gflop / cached_gflop:.2f} x by arithmetic, "
+          f"{100 * (1 - cached_gflop / gflop):.1f} % saved\n"
           f"CUR counted        {0:8.1f} %  {100 * cache.cur:8.1f} %\n"
-          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB   "
-          f"of {cache.full_bytes / 1e6:.2f} MB that all branches of a batch take\n"
+          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB\n"
           f"mean squared error to the uncached {'latent' if model.autoencoder else 'image'}: "
           f"{totals.squared_error / totals.images:.2e} ({totals.images} images)")
 
@@ -257,16 +250,22 @@ def report(model, steps, cache, totals):
 def comparison(full, cached, totals, cache):
     """The picture of --compare, from uint8 (N, H, W, 3) without and with the cache."""
     difference = np.abs(full.astype(int) - cached.astype(int))
+    seconds, full_seconds = (t / totals.images for t in (totals.seconds, totals.full_seconds))
     titles = [
-        f"no cache: {totals.full_seconds / totals.images:.3f} s per image",
-        f"cached, CUR {100 * cache.cur:.1f} %: {totals.seconds / totals.images:.3f} s per image",
+        f"no cache: {full_seconds:.3f} s per image",
+        f"cached, CUR {100 * cache.cur:.1f} %: {seconds:.3f} s per image, "
+        f"{full_seconds / seconds:.2f} x as fast",
         "difference, 4 times enlarged",
     ]
     rows = [full, cached, (4 * difference).clip(0, 255).astype(np.uint8)]
     return pictures.stack(titles, [pictures.grid(images) for images in rows])
 
 
-def main():
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def read_flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -292,21 +291,28 @@ def main():
     args = parser.parse_args()
     if min(args.batch_size, 1 if args.num_samples is None else args.num_samples) < 1:
         raise ValueError("--num-samples and --batch-size must be 1 or more")
+    return args
 
-    out = choose_out(args)
+
+def main():
+    args = read_flags()
+    out = choose_out(args.out, args.latents, args.compare)
     device = models.find_device(args.device)
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     model.resize(args.height, args.width)
+    models.choose_kernels(model, device)
+    name = args.sampler or model.sampler
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
-    sampler_name = args.sampler or model.sampler
-    sampler = make_sampler(sampler_name, steps)
-    schedule, source = choose_schedule(args, model, sampler_name, steps, guidance)
-    items = choose_items(args, model)
+    sampler = make_sampler(name, steps)
+    schedule, source = choose_schedule(model, name, steps, guidance, args.router, args.schedule,
+                                       args.tau, args.seed)
+    items = choose_items(model, args.labels, read_prompts(args.prompt, args.prompts),
+                         args.num_samples, args.seed)
     settings = {
-        "model": args.model, "weights": args.weights, "sampler": sampler_name, "steps": steps,
+        "model": args.model, "weights": args.weights, "sampler": name, "steps": steps,
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
         "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
     }
@@ -316,26 +322,26 @@ def main():
         return
     model.prepare(items, device)  # the text encoder is gone again before the network comes
     model.to(device)
-    decode = make_decoder(model, args)
-    print(f"{model.name}, {sampler_name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
+    decode = make_decoder(model, args.vae, args.latents)
+    print(f"{model.name}, {name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
           f"{model.device}\n{source}, CUR {100 * router.cur(schedule):.1f} %")
 
-    cache = None if schedule.all() and not args.compare else Cache(schedule)
+    # One batch made twice is enough for time and error.
+    twice = math.inf if args.compare else 0 if schedule.all() else 1
+    cache = Cache(schedule) if twice else None
     totals, kept, kept_full = Totals(), [], []
-    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache,
-                       args.compare, totals, first)
-    for start, x, full in batches:
-        images = decode(x)
+    for batch in generate(model, sampler, guidance, items, args.seed, args.batch_size, cache, first,
+                          twice):
+        if cache is None or batch.full is not None:
+            totals.add(batch)
         if out.suffix:
-            kept.append(images)
+            kept.append(decode(batch.x))
         else:
-            if start == first:
-                for name, text in folder_notes(settings, items).items():
-                    with command.replacing(out / name) as temporary:
-                        temporary.write_text(text, encoding="utf-8")
-            pictures.write(out, images, start)
+            if batch.first == first:
+                write_notes(out, settings, items)
+            pictures.write(out, decode(batch.x), batch.first)
         if args.compare:
-            kept_full.append(decode(full))
+            kept_full.append(decode(batch.full))
     report(model, steps, cache, totals)
     if args.compare:
         picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)

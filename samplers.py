@@ -1,19 +1,24 @@
-"""The noise schedule and the samplers that walk along it, from pure noise to an image.
+"""The noise schedule, the samplers, and the walk along it from pure noise to an image.
 
-A sampler is built from the number of steps T and lists `timesteps` in executed order, the noisiest
-first. `step(prediction, i, x, noise)` takes what the network said of x at step i to the next x. A
-solver with history may keep it in attributes, as long as step 0 starts it afresh and it replaces
-them instead of changing them in place: then copy.copy(sampler) is a snapshot of it.
-`guidance_channels` is how many leading channels the sampler's official code guides, at most.
+    sampler = DDIM(20)
+    noise = Noise(seed=0, numbers=range(8))
+    x = denoise(network, sampler, noise.start((1, 28, 28)), condition, guidance=2.5)
+
+A sampler is built from the number of steps T. It lists its `timesteps` in executed order, the
+noisiest first, and `step(prediction, i, x, noise)` takes the network's prediction at step i to the
+next x. A multistep solver may store earlier predictions in attributes, under two rules: step 0
+resets them, and they are reassigned, never modified in place. Then copy.copy(sampler) is a
+snapshot; the proxy relies on that. `guidance_channels` is how many leading channels the sampler's
+official code guides, at most.
 
 DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502. DDPM with learned variance (IDDPM):
 Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672. DPM-Solver++: Lu et al. 2022,
 https://arxiv.org/abs/2211.01095. SA-Solver: Xue et al. 2023, https://arxiv.org/abs/2309.05019.
 
-Letters: B images, C channels of the latent (of the pixels, for digits), T steps; `alpha_bar` is the
-share of signal: x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with eps from N(0, I). The last
-two samplers write alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma)
-and h for the growth of lambda over a step. A prime marks what is after the step.
+Notation: B images, C channels of the latent (of the pixels, for digits), T steps; `alpha_bar` is
+the share of signal: x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, with eps from N(0, I). The
+last two samplers write alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha /
+sigma) and h for the growth of lambda over a step. A prime marks what is after the step.
 """
 
 import itertools
@@ -55,7 +60,7 @@ def respaced(steps):
 def time_uniform(steps):
     """The official grid of DPM-Solver++ and SA-Solver: from 999 down to 0, evenly, not rounded.
 
-    -> (T + 1,): the T timesteps, and the end, where the network is not asked any more. The official
+    -> (T + 1,): the T timesteps, and the end, at which the network is not evaluated. The official
     time t = (timestep + 1) / 1000 goes from 1 to 0.001.
     Raises ValueError unless 2 <= steps <= 1000.
     """
@@ -76,16 +81,18 @@ def noise_levels(grid):
 
 
 class Noise:
-    """One stream of Gaussian noise per image, drawn on the CPU. What image j gets at the start and
-    at step i depends on (seed, j, i) alone, so that batch size, order, device, resuming and forking
-    never change an image. Philox makes that a matter of addressing: (seed, j) is its key and the
-    step a word of its counter, so no two draws ever overlap and there is no state to keep.
+    """One stream of Gaussian noise per image j in `numbers`, drawn on the CPU.
+
+    The noise of image j at the start and at step i depends on (seed, j, i) alone, so that batch
+    size, order, device, resuming and forking never change an image. Philox makes that a matter of
+    addressing: (seed, j) is its key and the step a word of its counter. No two draws overlap, and
+    there is no state to keep.
 
     `purpose` keeps apart the noise of images to look at (0), of training (1) and of the proxy (2).
     """
 
-    def __init__(self, seed, images, purpose=0):
-        self.seed, self.images, self.purpose = seed, list(images), purpose
+    def __init__(self, seed, numbers, purpose=0):
+        self.seed, self.numbers, self.purpose = seed, list(numbers), purpose
 
     def start(self, shape, device="cpu"):
         """x_T: (B, *shape) float32."""
@@ -97,11 +104,11 @@ class Noise:
 
     def labels(self, classes):
         """One random label an image, from 0 to classes - 1: (B,)."""
-        return torch.tensor([self._stream(j, 1, 0).integers(classes) for j in self.images])
+        return torch.tensor([self._stream(j, 1, 0).integers(classes) for j in self.numbers])
 
     def _normal(self, shape, word):
         draws = [
-            self._stream(j, 0, word).standard_normal(tuple(shape), np.float32) for j in self.images
+            self._stream(j, 0, word).standard_normal(tuple(shape), np.float32) for j in self.numbers
         ]
         return torch.from_numpy(np.stack(draws))
 
@@ -170,7 +177,7 @@ class DDPM:
         self.alpha = a / a_next
         self.beta = 1 - self.alpha
         beta_tilde = self.beta * (1 - a_next) / (1 - a)
-        beta_tilde[-1] = beta_tilde[-2]  # it is 0 there, and its logarithm would be infinite
+        beta_tilde[-1] = beta_tilde[-2]  # it is 0 there, which has no logarithm
         self.log_beta, self.log_beta_tilde = np.log(self.beta), np.log(beta_tilde)
 
     def posterior_mean(self, x0, x, i):
@@ -234,7 +241,7 @@ class DPMSolverPlusPlus:
         eps, _ = split(prediction, x)
         x0 = predict_x0(x, eps, self.alpha_bar[i])
         last = self.history[i - 1] if i > 0 else x0
-        self.history = {i: x0}  # by its step, so that a walk out of order fails
+        self.history = {i: x0}  # keyed by its step, so that a walk out of order fails
         middle = x0 + self.ahead[i] * (x0 - last)
         return self.from_x[i] * x + self.from_x0[i] * middle
 
@@ -291,7 +298,7 @@ class SASolver:
         first_order = self.from_x[i] * x + self.from_x0[i] * x0
         if self.from_noise[i] > 0:
             first_order = first_order + self.from_noise[i] * noise.step(i, x)
-        self.history = {i: (first_order, x0)}  # by its step, so that a walk out of order fails
+        self.history = {i: (first_order, x0)}  # keyed by its step, as above
         return first_order + self.from_change[i] * self.ahead[i] * (x0 - last)
 
 
@@ -312,3 +319,47 @@ def make_sampler(name, steps):
     raise ValueError(
         f"unknown sampler {name}: use ddim, ddim:ETA, ddpm, dpm-solver++ or sa-solver"
     )
+
+# ------------------------------------------------------------------------------------------------
+# The walk
+
+
+def guided(network, x, t, condition, scale, cache=None, channels=math.inf):
+    """Classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598), one batch
+    of [condition, null]: eps = null + scale (cond - null) on the first min(network.
+    guidance_channels, channels) channels; the rest is returned unguided. Both limits exist because
+    the official DiT guides 3 of 4 channels, and the official DPM-Solver++ all.
+
+    x (B, C, H, W), t a number, condition a tuple for 2 B rows -> (2 B, C_out, H, W).
+    """
+    x = torch.cat([x, x])
+    t = torch.full((len(x),), t, device=x.device)
+    output = network(x, t, *condition, cache=cache)
+    channels = min(network.guidance_channels, channels)
+    cond, null = output[:, :channels].chunk(2)
+    eps = null + scale * (cond - null)
+    # Both halves are returned because the training loss compares all rows.
+    return torch.cat([torch.cat([eps, eps]), output[:, channels:]], dim=1)
+
+
+@torch.no_grad()
+def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
+    """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on.
+
+    To start at step `first` with a multistep solver, pass a copy.copy of the sampler taken at that
+    step: it carries the solver's history.
+    """
+    for i in range(first, len(sampler.timesteps)):
+        if cache is not None:
+            cache.start(i)
+        prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache,
+                            sampler.guidance_channels)
+        x = sampler.step(prediction, i, x, noise)
+        yield x
+
+
+def denoise(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
+    """The denoising loop, to its end: x (B, C, H, W) before step `first` -> x_0."""
+    for after in walk(network, sampler, x, condition, guidance, cache, noise, first):
+        x = after
+    return x

@@ -11,11 +11,11 @@ training  one iteration at DiT-S/2: ours / official, bars 0.6 for time and 0.4 f
 memory    formulas for the bytes of training and of sampling, held against measurements, then used
           for DiT-XL/2 and PixArt-alpha 512
 
-What is compared is measured in turn, round by round, in one process; ratios are taken within a
-round, and the figures are medians over the rounds. Weights are random: only their shapes matter.
+What is compared is measured in turn, round by round, in one process. Ratios are taken within a
+round; the figures are medians over the rounds. Weights are random: only their shapes matter.
 Torch's kernels are those that the commands use on a CPU (models.choose_kernels).
 
-Letters: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
+Notation: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
 K branches: 2 L, for PixArt 3 L.
 """
 
@@ -34,8 +34,7 @@ import router as routers
 import train_stepwise
 import vae
 from cache import Cache, SoftCache
-from sample import denoise, guided
-from samplers import DDIM, Noise
+from samplers import DDIM, Noise, denoise, guided
 
 SEED, GUIDANCE, TAU, BETA = 0, 1.5, 0.1, 4e-8
 
@@ -44,10 +43,13 @@ SEED, GUIDANCE, TAU, BETA = 0, 1.5, 0.1, 4e-8
 
 
 def random_model(sizes, kind=dit.DiT):
-    """A frozen network with random weights, none of whose gates is zero, as a model to sample."""
+    """A frozen network with random weights, none of whose gates is zero, as a model to sample. Sets
+    the kernels that the commands would use for it."""
     torch.manual_seed(SEED)
     network = kind(**sizes).eval().requires_grad_(False)
-    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE).to("cpu")
+    model = models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
+    models.choose_kernels(model)
+    return model
 
 
 def random_condition(network, images):
@@ -78,24 +80,56 @@ def median_ratio(numerators, denominators):
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+class SavedBytes:
+    """Counts the bytes that autograd keeps from a forward for its backward, every storage once.
+
+        with SavedBytes() as saved:
+            ...
+        saved.storages                     # {address: bytes}
+    """
+
+    def __init__(self):
+        self.storages, self.most = {}, 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def next_graph(self):
+        """Call after a backward: starts to count anew. `most` is the bytes of the largest graph."""
+        self.most = max(self.most, sum(self.storages.values()))
+        self.storages = {}
+
+    def __enter__(self):
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
 # ------------------------------------------------------------------------------------------------
 # The cache while sampling
 
 
 class BranchTimer:
-    """Stands where a cache would: computes every branch and notes its seconds, (T, K)."""
+    """Stands where a cache would: computes every branch and notes its seconds, (T, K), and the
+    bytes of a step's outputs together."""
 
     def __init__(self, steps, branches):
         self.seconds = np.zeros((steps, branches))
 
     def start(self, i):
-        self.step = i
+        self.step, self.bytes = i, 0
         return self
 
     def __call__(self, k, branch):
         start = time.perf_counter()
         output = branch()
         self.seconds[self.step, k] = time.perf_counter() - start
+        self.bytes += output.nbytes
         return output
 
 
@@ -110,15 +144,6 @@ def example_schedules(T, branches):
     for name in ("random:0.4", "fora:2"):
         schedules[name] = routers.named(name, T, K, SEED)
     return schedules
-
-
-def speed_by_arithmetic(network, schedule):
-    """How many times less arithmetic the schedule leaves to do."""
-    branch_flops, other_flops = network.flops()
-    T = len(schedule)
-    full = T * (sum(branch_flops) + other_flops)
-    left = (schedule * torch.tensor(branch_flops)).sum().item() + T * other_flops
-    return full / left
 
 
 def benchmark_cache(title, model, steps, images, repeats, bar):
@@ -159,11 +184,11 @@ def benchmark_cache(title, model, steps, images, repeats, bar):
         cached = [seconds for seconds, _ in results[name]]
         least = [a - b for a, b in zip(plain, skipped, strict=True)]
         _, cache = results[name][0]
-        promise = speed_by_arithmetic(network, schedule)
+        promise = model.flops(steps) / model.flops(steps, (~schedule).sum(0).tolist())
         print(f"{name:26}{100 * routers.cur(schedule):6.1f}{statistics.median(skipped):11.3f}"
               f"{statistics.median(cached):10.3f}{median_ratio(cached, least):7.3f}"
               f"{median_ratio(plain, cached):8.2f} x{promise:10.2f} x"
-              f"{cache.peak_bytes / 1e6:15.2f}{cache.full_bytes / 1e6:8.2f}")
+              f"{cache.peak_bytes / 1e6:15.2f}{results['timer'][0][1].bytes / 1e6:8.2f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,10 +221,10 @@ def our_iteration(model, router, optimizer, chunk):
 
 
 def official_iteration(model, router, optimizer, chunk):
-    """The same two steps as the official code goes about them: -> seconds of the second.
+    """The same two steps in the official code's way: -> seconds of the second.
 
-    The network's parameters want gradients too, so every product keeps its input for them; the
-    teacher's graph is kept, and gone through backwards, because nothing detaches its prediction.
+    The network's parameters require gradients too, so every product keeps its input for them. The
+    teacher's graph is kept and gone through backwards, because nothing detaches its prediction.
     """
     network, sampler = model.network.requires_grad_(True), chunk.sampler
     cache = SoftCache(router.scores, TAU)
@@ -220,7 +245,7 @@ def official_iteration(model, router, optimizer, chunk):
     loss.item()
     sampler.step(prediction.detach(), 1, x)
     seconds = time.perf_counter() - sampler.filled
-    network.requires_grad_(False).zero_grad()  # leaves no gradients lying about for the other
+    network.requires_grad_(False).zero_grad()  # our iteration starts without these gradients
     return seconds
 
 
@@ -242,18 +267,11 @@ class Iteration:
     def saved_bytes(self):
         """What autograd keeps from the forward for the backward, every storage counted once:
         -> bytes without the network's own parameters, and bytes with them."""
-        storages = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with SavedBytes() as saved:
             self()
         own = {p.untyped_storage().data_ptr() for p in self.model.network.parameters()}
-        everything = sum(storages.values())
-        return sum(size for key, size in storages.items() if key not in own), everything
+        everything = sum(saved.storages.values())
+        return sum(size for key, size in saved.storages.items() if key not in own), everything
 
     def gradient(self):
         """The last call's gradient on the row that it trained, (K,): AdamW's first moment is a

@@ -7,16 +7,18 @@ time beside the others, on the same noise.
     python -m experiments.paper_table --model dit256 --curs 35 --num-samples 50000 \\
         --reference VIRTUAL_imagenet256_labeled.npz --images train
 
-Rows: no cache; fewer steps; FORA, both readings; and for each CUR wanted a random schedule and the
-routers of Learning-to-Cache (up to 50 %, for a model of classes), SDT + LTC, HarmoniCa and
-HarmoniCa with the official code's cumulative proxy. With --methods also what is not in the paper:
-"HarmoniCa from alternation", not from logits drawn at random, and "direct", the training on the
-image error itself. Routers that are not in checkpoints/table are trained first, with --target-cur.
-The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is from the
-uncached trajectory, step by step). Rows that are there already are not made again, so that the
-command goes on where it was interrupted; the table and the figures are those of the last command.
+Rows: no cache; fewer steps; FORA, both readings; and for each target CUR a random schedule and the
+routers of Learning-to-Cache (below 50 %, for a model that takes labels), SDT + LTC, HarmoniCa, and
+HarmoniCa with the official code's cumulative proxy. Two methods are not in the paper and come with
+--methods only: "HarmoniCa from alternation" starts from that schedule instead of random logits, and
+"direct" trains on the image error itself. Routers that are not in checkpoints/table are trained
+first, with --target-cur.
 
-Letters: T denoising steps, K branches, CUR the cache utilisation ratio.
+The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is from the
+uncached trajectory, step by step). Rows that are there already are not made again, so an
+interrupted command goes on where it was. The table and the figures show the last command's rows.
+
+Notation: T denoising steps, K branches, CUR the cache utilisation ratio.
 """
 
 import argparse
@@ -30,7 +32,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import command
 import features
@@ -41,7 +42,7 @@ import router as routers
 import sample
 import shipped
 from cache import Cache
-from samplers import Noise, make_sampler
+from samplers import Noise, make_sampler, walk
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "table"
@@ -55,7 +56,7 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "HarmoniCa from alternation": ("train_stepwise", ["--start", "fora-paper:2"]),
     "direct": ("experiments.train_direct", []),
 }
-EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made if asked for
+EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made by --methods only
 USUAL = ["random", *(method for method in TRAINED if method not in EXTRA)]
 TIMED = 5  # batches of a row that are timed beside the same without a cache
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
@@ -67,7 +68,7 @@ FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora
 
 @dataclasses.dataclass
 class Row:
-    """One set of images: a method at a CUR wanted (None: it has its own) from one seed."""
+    """One set of images: a method at a target CUR (None: it has its own) from one seed."""
 
     model: str
     sampler: str
@@ -85,7 +86,7 @@ class Row:
 
 
 def plan(model, sampler, steps, curs, seeds, methods=USUAL):
-    """The rows of a table: a list; `methods` are those to have at each CUR wanted."""
+    """The rows of a table: a list. `methods` are those to have at each target CUR."""
     rows = [Row(model.name, sampler, steps, "no cache")]
     fewer = FEWER.get((sampler, steps), round(0.75 * steps))
     rows.append(Row(model.name, sampler, fewer, "fewer steps"))
@@ -101,7 +102,7 @@ def plan(model, sampler, steps, curs, seeds, methods=USUAL):
 
 
 def find_router(row, args, out):
-    """The router file of a trained row, shipped or made in `out` before, or else trained now.
+    """The router file of a trained row: shipped, made in `out` before, or trained now.
     -> its path, and what its training took, a dict."""
     for folder in (SHIPPED, out / "routers"):
         path = folder / f"{row.name}.safetensors"
@@ -115,7 +116,7 @@ def find_router(row, args, out):
     for key in ("images", "vae"):
         if learning_to_cache and getattr(args, key) is not None:
             flags += [f"--{key}", getattr(args, key)]
-    if not learning_to_cache and args.guidance is not None:
+    if not learning_to_cache:
         flags += ["--guidance", args.guidance]
     for key in ("weights", "device", "dtype", "prompts"):
         if getattr(args, key) is not None:
@@ -150,33 +151,24 @@ def schedule_of(row, branches, args, out):
 
 def draw(model, row, steps, schedule, guidance, items, seed, batch_size, decode, path):
     """Makes a row's images and writes them, uint8 (N, H, W, 3) as `arr_0` of an npz. -> a dict of
-    what sampling them took. The noise of image j, by `seed`, is that of every other row's image j.
+    what sampling them took. Image j has the same noise, by `seed`, in every row.
 
     The first batches are also made without a cache at T = `steps`, in turn with the row's own: rows
     are minutes apart, and the speed of a machine drifts."""
     sampler, cache = make_sampler(row.sampler, row.steps), Cache(schedule)
-    full = make_sampler(row.sampler, steps)
-    images, seconds, full_seconds = [], [], []
-    for first in tqdm(range(0, len(items), batch_size), unit="batch", desc=row.name, disable=None):
-        part = items[first : first + batch_size]
-        noise = Noise(seed, range(first, first + len(part)))
-        x, condition = noise.start(model.shape, model.device), model.condition(part)
-        if first == 0:  # one evaluation that is not timed, to warm up
-            next(sample.walk(model.network, sampler, x, condition, guidance, noise=noise))
-        if first < TIMED * batch_size:
-            _, took = sample.timed_denoise(model, full, x, condition, guidance, noise=noise)
-            full_seconds.append(took / len(part))
-        x, took = sample.timed_denoise(model, sampler, x, condition, guidance, cache, noise)
-        seconds.append(took / len(part))
-        images.append(decode(x))
+    images, seconds, faster = [], [], []
+    for batch in sample.generate(model, sampler, guidance, items, seed, batch_size, cache,
+                                 twice=TIMED, full_sampler=make_sampler(row.sampler, steps),
+                                 words=row.name):
+        images.append(decode(batch.x))
+        seconds.append(batch.seconds / len(batch.x))
+        if batch.full is not None:
+            faster.append(batch.full_seconds / batch.seconds)
     pictures.write(path, np.concatenate(images))
-    flops, rest = model.network.flops(*(model.size or ()))
-    walks = cache.computed[0] + cache.reused[0]  # evaluations, of all batches
-    spared = sum(n * f for n, f in zip(cache.reused, flops, strict=True)) / walks
     return {
         "cur": cache.cur, "seconds": statistics.median(seconds),
-        "faster": statistics.median(a / b for a, b in zip(full_seconds, seconds, strict=False)),
-        "gflop": 2 * row.steps * (sum(flops) + rest - spared) / 1e9,
+        "faster": statistics.median(faster),
+        "gflop": sample.counted_flops(model, cache) / 1e9,
         "cache_mb": cache.peak_bytes / 1e6,
     }
 
@@ -234,7 +226,7 @@ def accumulated(model, row, schedule, guidance, items, seed):
     sampler, noise = make_sampler(row.sampler, row.steps), Noise(seed, range(len(items)))
     x, condition = noise.start(model.shape, model.device), model.condition(items)
     full, cached = (
-        sample.walk(model.network, sampler, x, condition, guidance, cache, noise)
+        walk(model.network, sampler, x, condition, guidance, cache, noise)
         for sampler, cache in ((sampler, None), (make_sampler(row.sampler, row.steps),
                                                  Cache(schedule)))
     )
@@ -336,26 +328,16 @@ def paper_figures(model, sampler):
 # The command
 
 
-def choose_items(model, args):
-    """What the images show, the same in every row: classes or prompts in turn. -> a list."""
-    if model.text is None:
-        if args.prompts:
-            raise ValueError(f"{model.name} is told a class, not a prompt: leave --prompts out")
-        return [j % model.network.num_classes for j in range(args.num_samples)]
-    prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
-    return [prompts[j % len(prompts)] for j in range(args.num_samples)]
-
-
-def main():
+def read_flags():
+    """-> the flags, with `curs` and `methods` as lists. Raises ValueError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
     parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
     parser.add_argument("--methods", default=";".join(USUAL),
-                        help="of those with a CUR to choose, the ones to have, like "
-                             f"'random;HarmoniCa' (default: {';'.join(USUAL)}; also "
-                             f"{';'.join(EXTRA)})")
+                        help="the methods to have at each of --curs, like 'random;HarmoniCa' "
+                             f"(default: {';'.join(USUAL)}; also {';'.join(EXTRA)})")
     parser.add_argument("--seeds", type=int, default=1,
                         help="routers of each kind, from seed 0 on (1); --seed is the images' own")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
@@ -366,49 +348,75 @@ def main():
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
     parser.add_argument("--out", type=Path, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
+    args.curs, args.methods = read_curs(args.curs), args.methods.split(";")
+    unknown = [method for method in args.methods if method not in ("random", *TRAINED)]
+    if unknown:
+        raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
+    if len(set(args.methods)) < len(args.methods) or len(set(args.curs)) < len(args.curs):
+        raise ValueError("--methods and --curs name everything once")
+    if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
+        raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
+    return args
+
+
+def read_curs(text):
+    """`25,40,55`, in percent -> a list of shares. Raises ValueError."""
+    try:
+        curs = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        curs = []
+    if not curs or not all(0 < cur < 1 for cur in curs):
+        raise ValueError(f"--curs takes percentages like 25,40,55, not {text}")
+    return curs
+
+
+def import_figures():
+    """The module that draws. Only it needs matplotlib. Raises ValueError if that is missing."""
     try:
         import experiments.table_figures as table_figures
     except ImportError as error:
         raise ValueError(f"the figures need matplotlib ({error}): install requirements-dev.txt"
                          ) from error
-    try:
-        curs = [float(text) / 100 for text in args.curs.split(",")]
-    except ValueError:
-        curs = []
-    if not curs or not all(0 < cur < 1 for cur in curs):
-        raise ValueError(f"--curs takes percentages like 25,40,55, not {args.curs}")
-    methods = args.methods.split(";")
-    unknown = [method for method in methods if method not in ("random", *TRAINED)]
-    if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
-    if len(set(methods)) < len(methods) or len(set(curs)) < len(curs):
-        raise ValueError("--methods and --curs name everything once")
-    if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
-        raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
+    return table_figures
 
+
+def load_model(args):
+    """-> the model, ready on its device, and what its images show. The network comes last: a text
+    encoder is gone again by then. Completes `args` with the model's own settings."""
     model = models.load(args.model, args.weights, "cpu", args.dtype)
-    if model.text and "direct" in methods:
-        raise ValueError(f"direct is written for classes, {model.name} is told a prompt")
+    if model.text and "direct" in args.methods:
+        raise ValueError(f"direct needs a model that takes labels; {model.name} takes prompts")
+    if model.text is None and args.prompts:
+        raise ValueError(f"{model.name} takes labels, not prompts: leave --prompts out")
     if model.name in pictures.NAMED:
         args.reference = args.reference or model.name
     if not args.reference:
         raise ValueError(f"name the --reference to compare {model.name}'s images with")
-    steps = model.steps if args.steps is None else args.steps
-    sampler = args.sampler or model.sampler
-    guidance = model.guidance if args.guidance is None else args.guidance
-    make_sampler(sampler, steps)
-    items = choose_items(model, args)
+    args.guidance = model.guidance if args.guidance is None else args.guidance
+    args.steps = model.steps if args.steps is None else args.steps
+    args.sampler = args.sampler or model.sampler
+    make_sampler(args.sampler, args.steps)
+    prompts = shipped.read_prompts(args.prompts) if args.prompts else None
+    items = model.items(args.num_samples, prompts)
+    device = models.find_device(args.device)
+    models.choose_kernels(model, device)
+    model.prepare(list(dict.fromkeys(items)), device)
+    return model.to(device), items
+
+
+def main():
+    args = read_flags()
+    table_figures = import_figures()
+    model, items = load_model(args)
+    steps, sampler, guidance = args.steps, args.sampler, args.guidance
     out = args.out or Path("runs") / f"table-{args.model}-{steps}"
-    model.prepare(sorted(set(items), key=items.index) if model.text else items, args.device)
-    model.to(models.find_device(args.device))
-    rows = plan(model, sampler, steps, curs, args.seeds, methods)
+    rows = plan(model, sampler, steps, args.curs, args.seeds, args.methods)
     network = features.load(metrics.usual_features(args.reference), device=model.device)
     clip = None
     if model.text:
         which = "emoji" if args.model == "emoji" else "ViT-B-32"
         clip = features.load_clip(which, "openai", model.device)
-    args.latents = False
-    look = Look(rows[0], sample.make_decoder(model, args), network,
+    look = Look(rows[0], sample.make_decoder(model, args.vae), network,
                 metrics.statistics_of(args.reference, network), clip)
 
     start = time.perf_counter()
@@ -418,7 +426,7 @@ def main():
     title = f"{args.model}, {sampler}, T = {steps}, guidance {guidance:g}"
     errors = {}
     for row in rows:
-        if row.target == curs[len(curs) // 2] and row.seed == 0:  # one CUR is enough to see
+        if row.target == args.curs[len(args.curs) // 2] and row.seed == 0:  # one CUR shows it
             schedule, _ = schedule_of(row, len(model.network.branches), args, out)
             name = f"{row.method}, CUR {100 * routers.cur(schedule):.1f} %"
             errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64],

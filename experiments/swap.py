@@ -3,12 +3,13 @@
     python -m experiments.swap                     # the shipped digits router
     python -m experiments.swap --router runs/digits/router.safetensors --num-samples 200
 
-A row of the router is trained on the error of its own step. That later steps reuse what it computes
-does not reach it: to its gradient the cache is a constant. So rows at the start, where each one's
-error is small, reuse one after the other, until what they reuse is many steps old. This command
-takes a trained schedule and swaps two steps, keeping the CUR: one that reuses nearly all of its
-branches computes all of them, and another reuses as many more in exchange. It tries every step of
-the first kind, takes the best, then every step of the second, and prints the errors.
+A row of the router is trained on the error of its own step. Its gradient takes the cache for a
+constant, so the row does not learn that later steps reuse what it computes. The first rows, whose
+own errors are small, therefore reuse one after the other, until what they reuse is many steps old.
+This command takes a trained schedule and swaps two steps at equal CUR: a step that reuses nearly
+all of its branches computes all of them, and another step reuses as many more in exchange. It tries
+every step of the first kind, takes the best, then tries every step of the second kind, and prints
+the errors. Steps count from 0.
 """
 
 import argparse
@@ -18,14 +19,7 @@ import command
 import models
 import router as routers
 from cache import Cache
-from sample import denoise
-from samplers import Noise, make_sampler
-
-
-def image_error(model, schedule, sampler, x, condition, guidance, noise, full):
-    """The mean squared error to the images `full`, made from the same noise without a cache."""
-    images = denoise(model.network, sampler, x, condition, guidance, Cache(schedule), noise)
-    return (images - full).square().mean().item()
+from samplers import Noise, denoise, make_sampler
 
 
 def computing(schedule, i):
@@ -36,8 +30,8 @@ def computing(schedule, i):
 
 
 def reusing(schedule, j, count):
-    """The schedule with `count` more branches of step j reused, the last ones first: a step's early
-    branches feed its later ones."""
+    """The schedule with `count` more branches of step j reused, the last ones first, because a
+    step's early branches feed its later ones."""
     schedule = schedule.clone()
     computed = schedule[j].nonzero().flatten()
     schedule[j, computed[len(computed) - count :]] = False
@@ -56,25 +50,24 @@ def main():
     if args.num_samples < 1:
         raise ValueError("--num-samples must be 1 or more")
     model = models.load(args.model)
+    models.choose_kernels(model)
     file = routers.load(args.router or model.router)
     T, K = file.logits.shape
     file.check(model.name, file.about["sampler"], T, len(model.network.branches))
     schedule, sampler = file.schedule(), make_sampler(file.about["sampler"], T)
     noise = Noise(args.seed, range(args.num_samples))
-    if model.text is None:
-        items = [j % model.network.num_classes for j in range(args.num_samples)]
-    else:
-        items = [model.prompts()[j % len(model.prompts())] for j in range(args.num_samples)]
-    x, condition = noise.start(model.shape, model.device), model.condition(items)
-    full = denoise(model.network, sampler, x, condition, model.guidance, noise=noise)
+    x = noise.start(model.shape, model.device)
+    condition = model.condition(model.items(args.num_samples))
 
-    def error(schedule):
-        return image_error(model, schedule, sampler, x, condition, model.guidance, noise, full)
+    def images(cache=None):
+        return denoise(model.network, sampler, x, condition, model.guidance, cache, noise)
+
+    full = images()
 
     def line(words, schedule):
-        value = error(schedule)
-        print(f"{words:36} CUR {100 * routers.cur(schedule):5.1f} %, error {value:.2e}", flush=True)
-        return value
+        error = (images(Cache(schedule)) - full).square().mean().item()
+        print(f"{words:36} CUR {100 * routers.cur(schedule):5.1f} %, error {error:.2e}", flush=True)
+        return error
 
     print(f"{args.num_samples} images, seed {args.seed}; branches computed at each step:\n"
           f"{schedule.sum(1).tolist()}")
@@ -84,15 +77,15 @@ def main():
         raise ValueError("no step of this router reuses three quarters of its branches")
     errors = {}
     for i in mostly_reused:
-        errors[i] = line(f"step {i + 1} computes everything", computing(schedule, i))
+        errors[i] = line(f"step {i} computes everything", computing(schedule, i))
     best = min(errors, key=errors.get)
     first = computing(schedule, best)
     count = int((first.sum() - schedule.sum()).item())
     able = [j for j in range(1, T) if j != best and first[j].sum() >= count]
     swaps = {j: reusing(first, j, count) for j in able}
-    print(f"in exchange for step {best + 1}, {count} branches more are reused at another step:")
+    print(f"in exchange for step {best}, {count} branches more are reused at another step:")
     for j, swap in swaps.items():
-        line(f"step {best + 1} computes, step {j + 1} reuses", swap)
+        line(f"step {best} computes, step {j} reuses", swap)
     for name in ("fora:2", "fora-paper:2"):
         line(name, routers.named(name, T, K))
 

@@ -7,48 +7,34 @@ proxy lambda stands in for (HarmoniCa, https://arxiv.org/abs/2410.01723, section
 
     L = mean (x_0 - x_0 without a cache)^2 + beta sum_ik r[i, k]
 
-One update of all rows a trajectory. Nothing is detached: the gradient goes back through every step,
-and through the cache, so a row knows that what it computes is reused later. SDT does not know that:
-its loss looks at one step, and what the cache holds then is a constant. The price is memory: the
-graph of T steps is kept, not of one.
+A trajectory makes one update, of all rows. Nothing is detached: the gradient goes back through
+every step and through the cache, so a row learns that later steps reuse what it computes. SDT's
+loss sees one step only, and takes what the cache holds for a constant. The price is memory: the
+graph of T steps is kept, instead of one.
 
-Letters: B images, T denoising steps, K branches.
+Notation: B images, T denoising steps, K branches.
 """
 
 import argparse
-import math
 import statistics
 import time
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 
 import command
 import models
 import router as routers
-from sample import denoise, guided
-from samplers import make_sampler
-from train_stepwise import (
-    PROXY,
-    TRAINING,
-    add_start_flag,
-    add_training_flags,
-    chunks_of,
-    first_router,
-    for_steps,
-    measure_lambda,
-    run,
-    settings_of,
-    tell,
-    train_trajectory,
-)
+import training
+from experiments.benchmark import SavedBytes
+from samplers import denoise, make_sampler
+from train_stepwise import PROXY, TRAINING, chunks_of, measure_lambda, train_trajectory
 
 DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # at T = 20 a CUR of 45 %
 
 
 class AttachedCache:
-    """cache.SoftCache, but what it keeps stays in the graph."""
+    """cache.SoftCache, but its entries stay in the graph."""
 
     def __init__(self, scores, tau):
         self.scores, self.tau, self.kept = scores, tau, {}
@@ -70,25 +56,20 @@ class AttachedCache:
 def train_direct_trajectory(model, router, optimizer, chunks, guidance, tau, beta):
     """One trajectory and one update, of all rows. -> the loss and the error of the images.
     Raises ValueError, before the update, if the loss is not finite."""
-    error = 0.0
+    steps, error = len(chunks[0].sampler.timesteps), 0.0
     for chunk in chunks:
         target = denoise(model.network, chunk.sampler, chunk.x, chunk.condition, guidance,
                          noise=chunk.noise)
-        cache, x = AttachedCache(router.scores, tau), chunk.x
-        for i, t in enumerate(chunk.sampler.timesteps):
-            prediction = guided(model.network, x, t, chunk.condition, guidance, cache.start(i),
-                                chunk.sampler.guidance_channels)
-            x = chunk.sampler.step(prediction, i, x, chunk.noise)
-        mse = chunk.share * F.mse_loss(x, target)
+        cache = AttachedCache(router.scores, tau)
+        for i in range(steps):
+            chunk.advance(i, chunk.predict(model.network, i, guidance, cache))
+        mse = chunk.share * F.mse_loss(chunk.x, target)
         mse.backward()
         error += mse.item()
-    steps = len(chunks[0].sampler.timesteps)
     usage = beta * sum(router.scores(i).sum() for i in range(1, steps))
     usage.backward()
     loss = error + usage.item()
-    if not math.isfinite(loss):
-        raise ValueError("the loss is not finite: the network's predictions overflow; try --dtype "
-                         "float32")
+    training.check_loss(loss, "")
     optimizer.step()
     optimizer.zero_grad()
     for i in range(1, steps):
@@ -100,37 +81,26 @@ def train(model, settings, out, resume=False):
     """A whole run, as train_stepwise.train. -> a dict of results."""
     steps, B = settings["steps"], settings["batch_size"]
     sampler = make_sampler(settings["sampler"], steps)
-
-    def trajectory(n, router, optimizer, beta, lambda_):
+    router = training.first_router(model, settings)
+    run = training.Run(model, sampler, router, settings, out, resume)
+    for n in run:
         chunks = chunks_of(model, sampler, settings["seed"], range(n * B, (n + 1) * B),
                            settings["micro_batch"], TRAINING)
-        loss, error = train_direct_trajectory(model, router, optimizer, chunks,
-                                              settings["guidance"], settings["tau"], beta)
-        return [loss] * steps, [0.0] * (steps - 1) + [error], lambda_
-
-    router = first_router(model, settings)
-    return run(model, settings, out, resume, sampler, router, trajectory, steps)
+        loss, error = train_direct_trajectory(model, router, run.optimizer, chunks,
+                                              settings["guidance"], settings["tau"], run.beta)
+        run.record([loss] * steps, [0.0] * (steps - 1) + [error])
+    return run.finish()
 
 
 # ------------------------------------------------------------------------------------------------
 # What it costs
 
 
-class Watch:
-    """An optimiser that moves nothing, and notes at each step how many bytes autograd had kept for
-    the backward since the last one, every storage counted once."""
+class NoUpdate:
+    """An optimiser that moves nothing. At each step, where one backward ends, it calls `then`."""
 
-    def __init__(self):
-        self.storages, self.bytes = {}, 0
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def step(self):
-        self.bytes = max(self.bytes, sum(self.storages.values()))
-        self.storages = {}
+    def __init__(self, then=lambda: None):
+        self.step = then
 
     def zero_grad(self):
         pass
@@ -158,8 +128,8 @@ def cost(model, settings, rounds=3):
 
     seconds = {"stepwise": [], "direct": [], "proxy": []}
     for _ in range(rounds):
-        for name, work in (("stepwise", lambda: stepwise(Watch())), ("proxy", proxy),
-                           ("direct", lambda: direct(Watch()))):
+        for name, work in (("stepwise", lambda: stepwise(NoUpdate())), ("proxy", proxy),
+                           ("direct", lambda: direct(NoUpdate()))):
             start = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start)
@@ -167,10 +137,9 @@ def cost(model, settings, rounds=3):
     share = took["proxy"] / (400 / steps)  # measured every 400 iterations
     saved = {}
     for name, work in (("stepwise", stepwise), ("direct", direct)):
-        watch = Watch()
-        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda tensor: tensor):
-            work(watch)
-        saved[name] = watch.bytes / 1e6
+        with SavedBytes() as graph:
+            work(NoUpdate(graph.next_graph))
+        saved[name] = graph.most / 1e6
     ours, other = took["stepwise"] + share, took["direct"]
     print(f"a trajectory of {B} images ({2 * B} rows), T = {steps}, {rounds} rounds\n"
           f"{'':26}{'SDT':>10}{'direct':>10}{'ratio':>8}\n"
@@ -185,17 +154,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    add_training_flags(parser, "runs/MODEL-direct")
-    add_start_flag(parser)
+    training.add_flags(parser, "runs/MODEL-direct")
+    training.add_start_flag(parser)
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
     args = parser.parse_args()
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:
-        raise ValueError(f"{args.model} is told a prompt: this experiment is for models of classes")
+        raise ValueError(f"{args.model} takes prompts: this experiment is for models that take "
+                         "labels")
+    models.choose_kernels(model)
     measure = vars(args).pop("cost")
     steps = 10 if args.steps is None else args.steps
-    defaults = for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # one for every T
-    settings = settings_of(args, defaults) | {
+    defaults = training.for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # for every T
+    settings = training.settings_of(args, defaults) | {
         "objective": "direct", "proxy": "none", "steps": steps,
         "sampler": args.sampler or model.sampler,
         "guidance": model.guidance if args.guidance is None else args.guidance,
@@ -206,7 +177,7 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-direct"
     print(f"{args.model} on {model.device}: direct, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    tell(train(model, settings, out, args.resume), settings, model, out)
+    training.report(train(model, settings, out, args.resume), settings, out)
 
 
 if __name__ == "__main__":

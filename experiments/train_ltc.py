@@ -5,17 +5,17 @@ what it leaves out (Ma et al. 2024, https://arxiv.org/abs/2406.01733, section 3.
     python -m experiments.train_ltc --target-cur 0.4
     python -m experiments.train_ltc --model dit256 --images train    # ImageNet's folder of classes
 
-Steps of odd timestep index (counted in the T respaced ones, the cleanest is 0) compute everything;
-those of even index reuse what the router says of what the step just before kept. One iteration:
+Steps of odd timestep index (among the T respaced ones, the cleanest is 0) compute everything. Steps
+of even index reuse, where the router says so, what the step just before computed. One iteration:
     x_s         an image of the training set, noised to a random odd step s
     x           the DDIM step from x_s by a full pass, which fills the cache
     LTC         L = MSE(with the soft cache, without one) + beta sum_k r[i, k] at the next step
     update      one AdamW step on row i
-What SDT does otherwise: it walks whole trajectories from noise, so that the student meets its own
-accumulated error and the cache the age that it has in sampling; it has guidance, as sampling has,
-any step may reuse, and it needs no images. What IEPO adds: lambda.
+SDT differs: it walks whole trajectories from noise, so that the student meets its own accumulated
+error and cache entries as old as in sampling; it has guidance, as sampling has; any step may reuse;
+and it needs no images. IEPO adds lambda.
 
-Letters: B images, T denoising steps, K branches.
+Notation: B images, T denoising steps, K branches.
 """
 
 import argparse
@@ -33,9 +33,9 @@ import models
 import pictures
 import router as routers
 import shipped
+import training
 from cache import SoftCache
 from samplers import Noise, make_sampler
-from train_stepwise import add_training_flags, for_steps, run, settings_of, tell
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
 # On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and
@@ -49,7 +49,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 def digits():
-    """-> a function that gives B random digits, (B, 1, 28, 28) in [-1, 1], and their labels."""
+    """-> a function: a Noise of B numbers -> B random digits (B, 1, 28, 28) in [-1, 1], labels."""
     images, labels = shipped.digits("train")
 
     def draw(noise):
@@ -119,7 +119,7 @@ def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, 
         cache = SoftCache(router.scores, tau)
         predict = partial(evaluate, model.network, y)
         with torch.no_grad():
-            # To the cache this is the first step, as nothing that came before may be reused.
+            # To the cache this is step 0: nothing that came before may be reused.
             x_t = sampler.step(predict(x_s, t_before, cache.start(0)), i - 1, x_s)
             target = predict(x_t, t)
         mse = len(y) / B * F.mse_loss(predict(x_t, t, cache.start(i)), target)
@@ -128,9 +128,7 @@ def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, 
     usage = beta * router.scores(i).sum()
     usage.backward()
     loss = error + usage.item()
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is not finite at step {i} (timestep {t:g}): the network's "
-                         "predictions overflow; try --dtype float32")
+    training.check_loss(loss, f" at step {i} (timestep {t:g})")
     optimizer.step()  # finds a gradient on row i only
     optimizer.zero_grad()
     router.clamp(i)
@@ -152,7 +150,9 @@ def train(model, settings, out, draw, resume=False):
     sampler, rows = make_sampler("ddim", steps), learned_rows(steps)
     classes = model.network.num_classes
 
-    def trajectory(n, router, optimizer, beta, lambda_):
+    router = make_router(steps, len(model.network.branches), settings["seed"])
+    run = training.Run(model, sampler, router, settings, out, resume, len(rows))
+    for n in run:
         losses, errors = [0.0] * steps, [0.0] * steps
         generator = torch.Generator().manual_seed((settings["seed"] * 1_000_000_007 + n) % 2**63)
         for j in range(len(rows)):
@@ -163,13 +163,11 @@ def train(model, settings, out, draw, resume=False):
             dropped = torch.rand(B, generator=generator) < DROP_LABEL
             labels = torch.where(dropped.to(model.device), classes, labels)
             losses[i], errors[i] = train_row(
-                model, router, optimizer, sampler, i, images, labels, noise, settings["tau"], beta,
-                settings["micro_batch"],
+                model, router, run.optimizer, sampler, i, images, labels, noise, settings["tau"],
+                run.beta, settings["micro_batch"],
             )
-        return losses, errors, lambda_
-
-    router = make_router(steps, len(model.network.branches), settings["seed"])
-    return run(model, settings, out, resume, sampler, router, trajectory, len(rows))
+        run.record(losses, errors)
+    return run.finish()
 
 
 def main():
@@ -179,7 +177,7 @@ def main():
     command.add_model_flags(parser)
     parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
-    add_training_flags(parser, "runs/MODEL-ltc")
+    training.add_flags(parser, "runs/MODEL-ltc")
     args = parser.parse_args()
 
     if (args.images is None) != (args.model == "digits"):
@@ -187,14 +185,16 @@ def main():
     if args.guidance is not None:
         raise ValueError("Learning-to-Cache is trained without guidance: leave --guidance out")
     small = args.model in DEFAULTS
-    defaults = for_steps(DEFAULTS[args.model], args.steps) if small else PUBLISHED
-    settings = settings_of(args, defaults)
+    defaults = training.for_steps(DEFAULTS[args.model], args.steps) if small else PUBLISHED
+    settings = training.settings_of(args, defaults)
     if args.target_cur is not None and args.target_cur >= 0.5:
         raise ValueError("Learning-to-Cache reuses at every other step at most: --target-cur must "
                          "be below 0.5")
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:
-        raise ValueError(f"{args.model} is told a prompt: Learning-to-Cache is for classes")
+        raise ValueError(f"{args.model} takes prompts: Learning-to-Cache is for models that take "
+                         "labels")
+    models.choose_kernels(model)
     settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
                  "steps": model.steps if args.steps is None else args.steps,
                  "sampler": args.sampler or "ddim"}
@@ -205,7 +205,7 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-ltc"
     print(f"{args.model} on {model.device}: Learning-to-Cache, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    tell(train(model, settings, out, draw, args.resume), settings, model, out)
+    training.report(train(model, settings, out, draw, args.resume), settings, out)
 
 
 if __name__ == "__main__":

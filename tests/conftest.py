@@ -8,7 +8,8 @@ import experiments.torchvision_import  # noqa: F401, the libraries import torchv
 
 @pytest.fixture(autouse=True)
 def kernels():
-    """Loading a model chooses torch's kernels for the whole process: not beyond a test."""
+    """A command chooses torch's kernels for its process. Tests run commands in theirs, so each puts
+    back what it found."""
     precision = torch.get_float32_matmul_precision()
     flash = torch.backends.cuda.flash_sdp_enabled()
     yield

@@ -3,6 +3,7 @@
 import torch
 
 import dit
+import models
 
 
 def tiny_dit(seed=0, **changes):
@@ -18,3 +19,8 @@ def tiny_dit(seed=0, **changes):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def tiny_model(seed=0):
+    """The same, as a model to sample and train with."""
+    return models.Model("tiny", tiny_dit(seed), "ddim", steps=4, guidance=1.5)

@@ -207,9 +207,9 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--curs", "0.4,x"], "--curs takes percentages"), (["--curs", "120"], "--curs takes"),
     (["--seeds", "0"], "must be 1 or more"), (["--num-samples", "2"], "4 or more"),
     (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
-    (["--prompts", "words.txt"], "told a class, not a prompt"),
+    (["--prompts", "words.txt"], "takes labels, not prompts"),
     (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
-    (["--model", "emoji", "--methods", "direct"], "direct is written for classes"),
+    (["--model", "emoji", "--methods", "direct"], "direct needs a model that takes labels"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:

@@ -1,7 +1,8 @@
-"""Images from folders, npz files and by name, and what is said of those that cannot be read."""
+"""Images from folders, npz files and by name; unreadable ones; the router and lambda, drawn."""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pictures
@@ -82,3 +83,67 @@ def test_damaged_npz_files(tmp_path):
     (tmp_path / "flipped.npz").write_bytes(data[:5000] + b"123456789" + data[5009:])
     with pytest.raises(ValueError, match="flipped.npz is damaged: Bad CRC-32"):
         list(pictures.read(tmp_path / "flipped.npz")[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# The router and lambda, drawn
+
+
+@pytest.mark.parametrize("steps, branches", ((2, 2), (4, 6), (20, 56), (250, 56)))
+@pytest.mark.parametrize("seed", (0, 1, 2))
+def test_heat_map_shows_every_decision(seed, steps, branches):
+    scores = torch.rand(steps, branches, generator=torch.Generator().manual_seed(seed))
+    scores[0, 0] = 0  # below tau, and computed all the same: row 0
+    tau, names = 0.3, [f"mlp {k}" for k in range(branches)]
+    image = pictures.heat_map(scores, tau, list(range(steps)), names).convert("RGB")
+
+    # Text is grey, cells are not: so the coloured part of the picture is the table.
+    pixels = torch.from_numpy(np.array(image)).int()
+    coloured = (pixels.amax(2) != pixels.amin(2)).nonzero()
+    (top, left), (bottom, right) = coloured.amin(0).tolist(), coloured.amax(0).tolist()
+    cell = (right - left + 2) // branches  # a line of one pixel between cells
+    assert (right - left + 2, bottom - top + 2) == (branches * cell, steps * cell)
+
+    for i in range(steps):
+        for k in range(branches):
+            y, x = top + i * cell + cell // 2, left + k * cell + cell // 2
+            red, _, blue = pixels[y, x].tolist()
+            computed = i == 0 or scores[i, k].item() > tau
+            assert (red > blue) == computed  # orange: computed, blue: reused
+
+
+def test_heat_map_is_darker_for_higher_scores():
+    brightness = [sum(pictures.score_colour(n / 10)) for n in range(11)]
+    assert brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 11
+
+
+def blue_pixels(values):
+    """(x, y) of every pixel of the curve, sorted."""
+    image = pictures.lambda_curve(values, list(range(len(values)))[::-1]).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).int()
+    return (pixels == torch.tensor(pictures.CURVE)).all(2).T.nonzero()
+
+
+def test_a_falling_curve_falls():
+    pixels = blue_pixels([0.0] + [10.0**-n for n in range(1, 20)])
+    height = [pixels[pixels[:, 0] == x, 1].float().mean() for x in pixels[:, 0].unique()]
+    assert len(height) > 300  # one line through all points
+    assert all(low <= high + 4 for low, high in zip(height, height[1:], strict=False))
+    assert height[-1] - height[0] > 200  # downwards in the picture
+
+
+def test_curve_without_errors_has_no_line():
+    assert len(blue_pixels([0.0] * 4)) == 0
+
+
+@pytest.mark.parametrize("where", (1, 3))
+def test_curve_of_one_value_is_one_point(where):
+    values = [0.0] * 4
+    values[where] = 1e-4  # a whole decade
+    pixels = blue_pixels(values)
+    assert 9 <= len(pixels) <= 100
+    assert (pixels.amax(0) - pixels.amin(0)).max() < 10
+
+
+def test_curve_takes_the_shortest_run():
+    assert len(blue_pixels([0.0, 0.02])) > 0

@@ -149,39 +149,3 @@ def test_an_unknown_variant_is_refused():
     network, x, condition, scores, noise = case(0)
     with pytest.raises(ValueError, match="unknown proxy everything"):
         measure(network, DDIM(T), x, condition, scores, noise, "everything")
-
-
-# ------------------------------------------------------------------------------------------------
-# The picture
-
-
-def blue_pixels(values):
-    """(x, y) of every pixel of the curve, sorted."""
-    image = proxy.curve(values, list(range(len(values)))[::-1]).convert("RGB")
-    pixels = torch.from_numpy(np.array(image)).int()
-    return (pixels == torch.tensor(proxy.BLUE)).all(2).T.nonzero()
-
-
-def test_a_falling_curve_falls():
-    pixels = blue_pixels([0.0] + [10.0**-n for n in range(1, 20)])
-    height = [pixels[pixels[:, 0] == x, 1].float().mean() for x in pixels[:, 0].unique()]
-    assert len(height) > 300  # one line through all points
-    assert all(low <= high + 4 for low, high in zip(height, height[1:], strict=False))
-    assert height[-1] - height[0] > 200  # downwards in the picture
-
-
-def test_curve_without_errors_has_no_line():
-    assert len(blue_pixels([0.0] * 4)) == 0
-
-
-@pytest.mark.parametrize("where", (1, 3))
-def test_curve_of_one_value_is_one_point(where):
-    values = [0.0] * 4
-    values[where] = 1e-4  # a whole decade
-    pixels = blue_pixels(values)
-    assert 9 <= len(pixels) <= 100
-    assert (pixels.amax(0) - pixels.amin(0)).max() < 10
-
-
-def test_curve_takes_the_shortest_run():
-    assert len(blue_pixels([0.0, 0.02])) > 0

@@ -1,4 +1,4 @@
-"""The router: schedules, the learnable table, its files and its picture."""
+"""The router: schedules, the learnable table and its files."""
 
 import argparse
 import math
@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
 import command
 import models
 import router
 import sample
+import samplers
 from cache import Cache
 
 from .small import tiny_dit
@@ -446,7 +448,7 @@ def test_export_and_back(tmp_path, seed):
     logits[0] = 5
     router.save(tmp_path / "r.safetensors", logits, **ABOUT)
     file = router.load(tmp_path / "r.safetensors")
-    router.export(tmp_path / "r.pt", file)
+    checkpoint.export_router(tmp_path / "r.pt", file)
     again = router.load(tmp_path / "r.pt")
     assert same_bits(again.logits, logits) and again.about == file.about
 
@@ -461,7 +463,7 @@ def test_export_and_back(tmp_path, seed):
 def test_an_official_file_exported_again_is_the_same_router(tmp_path, kind):
     rows = official_file(tmp_path / "a.pt", kind, steps=10)
     file = router.load(tmp_path / "a.pt")
-    router.export(tmp_path / "b.pt", file)
+    checkpoint.export_router(tmp_path / "b.pt", file)
     again = router.load(tmp_path / "b.pt")
     assert same_bits(again.logits, file.logits) and again.about == file.about
     written = torch.load(tmp_path / "b.pt")["routers"]
@@ -541,9 +543,9 @@ def test_sampling_with_an_official_file(tmp_path, monkeypatch, capsys):
         schedule = official_decisions(rows, kind, 0.5)
         cur = f"{100 * (~schedule).float().mean():.1f} %"
         assert f"router router.pt, tau 0.5, trained at guidance {guidance}, CUR {cur}" in said
-        noise = sample.Noise(0, range(2))
-        expected = sample.denoise(
-            network, sample.DDIM(4), noise.start(tiny.shape), network.condition([0, 1]), 1.5,
+        noise = samplers.Noise(0, range(2))
+        expected = samplers.denoise(
+            network, samplers.DDIM(4), noise.start(tiny.shape), network.condition([0, 1]), 1.5,
             Cache(schedule), noise,
         )
         np.testing.assert_allclose(latents, expected.numpy(), rtol=1e-5, atol=1e-5)
@@ -555,35 +557,3 @@ def test_sampling_with_an_official_file(tmp_path, monkeypatch, capsys):
             error = capsys.readouterr().err
             assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert not Path("planted").exists()
-
-
-# ------------------------------------------------------------------------------------------------
-# The picture
-
-
-@pytest.mark.parametrize("steps, branches", ((2, 2), (4, 6), (20, 56), (250, 56)))
-@pytest.mark.parametrize("seed", SEEDS)
-def test_heat_map_shows_every_decision(seed, steps, branches):
-    scores = torch.rand(steps, branches, generator=torch.Generator().manual_seed(seed))
-    scores[0, 0] = 0  # below tau, and computed all the same: row 0
-    tau, names = 0.3, [f"mlp {k}" for k in range(branches)]
-    image = router.heat_map(scores, tau, list(range(steps)), names).convert("RGB")
-
-    # Letters are grey, cells are not: so the coloured part of the picture is the table.
-    pixels = torch.from_numpy(np.array(image)).int()
-    coloured = (pixels.amax(2) != pixels.amin(2)).nonzero()
-    (top, left), (bottom, right) = coloured.amin(0).tolist(), coloured.amax(0).tolist()
-    cell = (right - left + 2) // branches  # a line of one pixel between cells
-    assert (right - left + 2, bottom - top + 2) == (branches * cell, steps * cell)
-
-    for i in range(steps):
-        for k in range(branches):
-            y, x = top + i * cell + cell // 2, left + k * cell + cell // 2
-            red, _, blue = pixels[y, x].tolist()
-            computed = i == 0 or scores[i, k].item() > tau
-            assert (red > blue) == computed  # orange: computed, blue: reused
-
-
-def test_heat_map_is_darker_for_higher_scores():
-    brightness = [sum(router.score_colour(n / 10)) for n in range(11)]
-    assert brightness == sorted(brightness, reverse=True) and len(set(brightness)) == 11

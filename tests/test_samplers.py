@@ -390,7 +390,7 @@ def test_ddim_on_gaussian_data_approaches_the_exact_flow():
 
 def test_ddim_makes_gaussian_data_of_noise():
     """20,480 numbers: the mean within 4 standard errors of mu, the deviation as close to s."""
-    noise = Noise(seed=3, images=range(20))
+    noise = Noise(seed=3, numbers=range(20))
     for eta in (0.0, 1.0):
         x = ddim_walk(noise.start((1, 32, 32)).double(), 500, eta, noise)
         assert abs(x.mean() - MU) < 4 * S / math.sqrt(x.numel())

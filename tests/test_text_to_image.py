@@ -11,8 +11,7 @@ import pixart
 import router as routers
 import train_stepwise
 from cache import Cache
-from sample import denoise
-from samplers import Noise, make_sampler
+from samplers import Noise, denoise, make_sampler
 from tests import test_proxy
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "sa-solver")
@@ -54,7 +53,7 @@ def test_training_on_prompts_resumes_bitwise(model, name, tmp_path, monkeypatch)
     settings = dict(
         model="tiny", weights=None, sampler=name, steps=T, guidance=SCALE, seed=0, dtype=None,
         beta=1e-3, objective="iepo", proxy="leave-one-out", tau=TAU, lr=0.5, iterations=3 * T,
-        lambda_every=2 * T, batch_size=3, micro_batch=2, prompts=None, target_cur=None,
+        lambda_every=2 * T, batch_size=3, micro_batch=2, prompts=None, target_cur=None, start=None,
     )
     train_stepwise.train(model, settings, tmp_path / "whole", prompts=PROMPTS)
     save_state = command.save_state

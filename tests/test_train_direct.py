@@ -5,10 +5,11 @@ import sys
 import pytest
 
 import command
+import router as routers
 import train_stepwise
 from cache import SoftCache
 from experiments import train_direct
-from sample import denoise
+from samplers import denoise
 from tests.test_train_stepwise import SCALE, TAU, StandStill, double_case
 
 
@@ -60,9 +61,9 @@ def test_it_can_start_from_a_schedule(tmp_path, monkeypatch):
                                       "--batch-size", "1", "--start", "fora-paper:2", "--lr",
                                       "0.01", "--out", str(tmp_path / "run")])
     command.run(train_direct.main)
-    file = train_stepwise.routers.load(tmp_path / "run" / "router.safetensors")
+    file = routers.load(tmp_path / "run" / "router.safetensors")
     assert file.about["start"] == "fora-paper:2"
-    assert file.schedule().equal(train_stepwise.routers.fora_paper(4, 16, 2))
+    assert file.schedule().equal(routers.fora_paper(4, 16, 2))
     assert (file.logits[1:].abs() - 3).abs().max() <= 0.011  # one update
     assert (file.logits[1:].abs() != 3).any()
 
@@ -85,6 +86,6 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_direct", "--steps", "2", "--iterations", "4",
                                       "--batch-size", "1", "--out", str(tmp_path / "run")])
     command.run(train_direct.main)
-    file = train_stepwise.routers.load(tmp_path / "run" / "router.safetensors")
+    file = routers.load(tmp_path / "run" / "router.safetensors")
     assert file.about["objective"] == "direct" and file.logits.shape == (2, 16)
     assert "lr x updates per row 0.2" in capsys.readouterr().out

@@ -15,7 +15,8 @@ import router as routers
 from experiments import train_ltc
 from samplers import DDIM, Noise
 from tests.small import tiny_dit
-from tests.test_train_stepwise import StandStill, log_of, logits_of
+from tests.test_train_stepwise import StandStill
+from tests.test_training import log_of, logits_of
 
 SEEDS = (0, 1, 2)
 TAU = 0.5

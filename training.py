@@ -1,0 +1,353 @@
+"""What any training of a router needs around it: complete settings, a run folder with its log,
+state and results, resuming, and the search for beta. Each trainer keeps its own loop in sight:
+
+    run = training.Run(model, sampler, router, settings, out, resume)
+    for n in run:                                # the number of a trajectory
+        losses, errors = ...                     # with run.optimizer, run.lambda_ and run.beta
+        run.record(losses, errors)
+    results = run.finish()
+
+The folder `out` gets settings.json, log.jsonl (a line per trajectory) and state.pt, then
+router.safetensors, router.png, lambda.png and results.json. The state is saved between trajectories
+only, so it holds no latent and no cache. A resumed run ends with bitwise the same router.
+
+Notation: T denoising steps, K cacheable branches, CUR the cache utilisation ratio.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import command
+import pictures
+import router as routers
+
+# ------------------------------------------------------------------------------------------------
+# Settings: a plain dict, saved with the run, in which every key stands
+
+OF_THE_MACHINE = ("out", "resume", "device", "vae")  # flags that do not change the router
+OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every")  # None in some trainings
+
+
+def for_steps(defaults, steps):
+    """Settings found for T = 20 -> those for T = `steps` (None: 20): as many trajectories, and beta
+    times (20 / T)^2. From step to step a branch's output changes by about 1 / T, so the squared
+    error of reusing it goes with 1 / T^2. (Measured on digits for a CUR of 40 %: with IEPO the beta
+    found at T = 10 is 4.2 times that at T = 20, a mean of three seeds, and that is 7.0 times the
+    one at T = 50; with LTC 3.0 and 5.1 times.)"""
+    T = 20 if steps is None else max(1, steps)
+    settings = {key: -(-value * T // 20) if key in ("iterations", "lambda_every") else value
+                for key, value in defaults.items()}
+    return settings | {"beta": (20 / T) ** 2 * defaults["beta"]}
+
+
+def settings_of(args, defaults):
+    """The command's flags, completed by the model's `defaults` -> settings.
+    Raises ValueError for a number out of range."""
+    flags = {key: value for key, value in vars(args).items() if key not in OF_THE_MACHINE}
+    settings = {**dict.fromkeys(OPTIONAL), **flags}
+    for key, value in defaults.items():
+        if settings[key] is None:
+            settings[key] = value
+    if settings["micro_batch"] is None:
+        settings["micro_batch"] = settings["batch_size"]
+    check(settings)
+    return settings
+
+
+def check(settings):
+    """Raises ValueError for a number out of range."""
+    if not 0 < settings["tau"] < 1:
+        raise ValueError(f"--tau must be between 0 and 1, not {settings['tau']}")
+    if not 0 <= settings["beta"] < math.inf:
+        raise ValueError(f"--beta must be 0 or more, not {settings['beta']}")
+    if not 0 < settings["lr"] < math.inf:
+        raise ValueError(f"--lr must be more than 0, not {settings['lr']}")
+    target = settings["target_cur"]
+    if target is not None and not 0 < target < 1:
+        raise ValueError(f"--target-cur is a share, like 0.4 for 40 %, not {target}")
+    if target is not None and settings["beta"] == 0:
+        raise ValueError("--target-cur starts from --beta, which must be more than 0")
+    for key in ("iterations", "lambda_every", "batch_size", "micro_batch"):
+        if settings[key] is not None and settings[key] < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be 1 or more, not {settings[key]}")
+
+
+def first_router(model, settings):
+    """The router that training starts from: random logits, or those of the schedule `start`.
+    Raises ValueError for an unknown schedule, or a tau that its scores do not straddle."""
+    steps, branches, seed = settings["steps"], len(model.network.branches), settings["seed"]
+    router = routers.Router(steps, branches, seed)
+    if settings["start"]:
+        if not 0.05 <= settings["tau"] <= 0.95:
+            raise ValueError(f"--start needs a --tau from 0.05 to 0.95, not {settings['tau']}")
+        router.start_from(routers.named(settings["start"], steps, branches, seed))
+    return router
+
+
+def check_loss(loss, where):
+    """Raises ValueError, before the update that it would spoil, if a loss is not finite."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is not finite{where}: the network's predictions overflow; try "
+                         "--dtype float32")
+
+
+# ------------------------------------------------------------------------------------------------
+# The search for beta
+
+CLOSE = 0.01  # a CUR within a point of the target will do
+STEADY = 1.15  # constant beta / mean of the moving beta, at equal CUR (measured: SDT on digits)
+
+
+class BetaSearch:
+    """With a target CUR, beta moves after every trajectory; without one it stays:
+
+        log beta += (target CUR - CUR to come) / 2
+
+    A logit needs tens of trajectories to reach the threshold, so steering by today's CUR would
+    overshoot. Beta is steered by the CUR to come instead: every logit is extrapolated 2 / lr
+    trajectories ahead at its present speed (a moving average). In that time a logit that always
+    moves the same way moves by 2.
+    """
+
+    def __init__(self, beta, target, tau, lr):
+        self.beta, self.target, self.tau, self.horizon = beta, target, tau, 2 / lr
+        self.logits, self.pace, self.log_betas = None, 0.0, []
+
+    def update(self, logits):
+        """Call after a trajectory, with the table as it is now, (T, K)."""
+        if self.target is None:
+            return
+        logits = logits.cpu()
+        if self.logits is not None:
+            share = max(0.2, 1 / len(self.log_betas))  # of the newest in the average
+            self.pace = (1 - share) * self.pace + share * (logits - self.logits)
+        self.logits = logits
+        ahead = routers.threshold(torch.sigmoid(logits + self.horizon * self.pace), self.tau)
+        self.log_betas.append(math.log(self.beta))
+        self.beta *= math.exp((self.target - routers.cur(ahead)) / 2)
+
+    def reached(self, cur):
+        """Whether a router of this CUR will do."""
+        return self.target is None or abs(cur - self.target) < CLOSE
+
+    @property
+    def found(self):
+        """The constant beta for a fresh run: 1.15 times the geometric mean of beta over the last
+        half of the trajectories. The factor is there because a branch that a high beta once pushed
+        below the threshold mostly stays there when beta falls again. On digits such runs end up to
+        4 points below the target CUR."""
+        last = self.log_betas[len(self.log_betas) // 2 :]
+        return STEADY * math.exp(sum(last) / len(last)) if last else self.beta
+
+    def state_dict(self):
+        return {key: getattr(self, key) for key in ("beta", "logits", "pace", "log_betas")}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """A training in the folder `out`, new or resumed: iterate over it. Each trajectory has `length`
+    iterations (T, if not named). With a target CUR that is not reached, it goes on to twice
+    the iterations at most.
+
+    Attributes: `optimizer`; `lambda_`, a list of T, ones until `measured` sets it.
+    Raises ValueError if the folder holds a run that this one does not resume.
+    """
+
+    def __init__(self, model, sampler, router, settings, out, resume=False, length=None):
+        self.model, self.sampler, self.router = model, sampler, router.to(model.device)
+        self.settings, self.out = settings, Path(out)
+        self.length = settings["steps"] if length is None else length
+        # AdamW skips parameters without a gradient, so every row has its own moments and count.
+        self.optimizer = torch.optim.AdamW(router.parameters(), settings["lr"], weight_decay=0)
+        self.search = BetaSearch(settings["beta"], settings["target_cur"], settings["tau"],
+                                 settings["lr"])
+        self.lambda_, self.news = [1.0] * settings["steps"], {}
+        self.done, self.curs, self.seconds = 0, [], 0.0
+        state = find_state(self.out, settings, resume)
+        if state:
+            self._load(state)
+        self.first = self.done
+        write_json(self.out / "settings.json", settings)
+        # A run that was killed after its log and before its state has a line too many.
+        keep_lines(self.out / "log.jsonl", self.done)
+
+    @property
+    def beta(self):
+        """The weight of usage in this trajectory's loss."""
+        return self.search.beta
+
+    def measured(self, lambda_):
+        """Takes a lambda, list of T, that was measured anew."""
+        self.lambda_ = lambda_
+        self.news = {"lambda": lambda_}
+
+    def __iter__(self):
+        planned = math.ceil(self.settings["iterations"] / self.length)
+        with tqdm(total=planned * self.length, initial=self.done * self.length, unit="iteration",
+                  disable=None) as self.bar:
+            while self.done < planned or (
+                self.done < 2 * planned and not self.search.reached(self.curs[-1])
+            ):
+                self.start = time.perf_counter()
+                yield self.done
+
+    def record(self, losses, errors):
+        """Call after a trajectory, with its losses and squared errors, lists of T: moves beta, and
+        saves the log and the state."""
+        beta, logits = self.search.beta, self.router.logits()
+        schedule = routers.threshold(torch.sigmoid(logits), self.settings["tau"])
+        self.curs.append(routers.cur(schedule))
+        self.search.update(logits)
+        self.seconds += time.perf_counter() - self.start
+        self.done += 1
+        line = {
+            "trajectory": self.done - 1, "iteration": self.done * self.length,
+            "loss": sum(losses) / (len(losses) - 1), "mse": errors, "cur": self.curs[-1],
+            "computed": schedule.sum(1).tolist(), "beta": beta, "seconds": round(self.seconds, 3),
+            **self.news,
+        }
+        self.news = {}
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        command.save_state(self.out / "state.pt", self._state())
+        self.bar.update(self.length)
+        self.bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * self.curs[-1]:.1f} %")
+
+    def _state(self):
+        return {
+            "settings": self.settings, "router": self.router.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "search": self.search.state_dict(),
+            "lambda": self.lambda_, "trajectories": self.done, "curs": self.curs,
+            "seconds": self.seconds,
+        }
+
+    def _load(self, state):
+        self.router.load_state_dict(state["router"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.search.load_state_dict(state["search"])
+        self.lambda_, self.done, self.curs, self.seconds = (
+            state[key] for key in ("lambda", "trajectories", "curs", "seconds")
+        )
+
+    def finish(self):
+        """Call after the last trajectory: writes the router and the pictures of it and of lambda.
+        -> a dict of results."""
+        iterations, curs = self.done * self.length, self.curs
+        images = iterations * self.settings["batch_size"]
+        results = {
+            "cur": curs[-1],
+            "cur_before_last_quarter": curs[len(curs) * 3 // 4 - 1] if len(curs) >= 4 else 0.0,
+            "lr_updates": self.settings["lr"] * self.done,
+            "iterations": iterations,
+            "beta": self.search.found,
+            "seconds": self.seconds,
+            "images": images if self.settings["objective"] == "learning-to-cache" else 0,  # real
+            "peak_memory": command.peak_memory(self.model.device),
+        }
+        # A finished run that is resumed keeps its results: this process's memory is not the run's.
+        if self.done > self.first or not (self.out / "results.json").exists():
+            write_json(self.out / "results.json", results)
+        self._save_router(results)
+        return results
+
+    def _save_router(self, results):
+        settings, logits = self.settings, self.router.logits().cpu()
+        about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}",
+                 "beta": results["beta"]}
+        about = {key: value for key, value in about.items() if value or key not in OPTIONAL}
+        if settings["objective"] == "ltc":
+            about["proxy"] = "none"
+        routers.save(self.out / "router.safetensors", logits, **about)
+        timesteps = [f"{t:.5g}" for t in self.sampler.timesteps]  # a solver's are fractional
+        picture = pictures.heat_map(torch.sigmoid(logits), settings["tau"], timesteps,
+                                    self.model.network.branches)
+        command.save_image(self.out / "router.png", picture)
+        if settings["objective"] == "iepo":
+            picture = pictures.lambda_curve(self.lambda_, timesteps)
+            command.save_image(self.out / "lambda.png", picture)
+
+
+def find_state(out, settings, resume):
+    """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
+    Raises ValueError if the folder holds a run and this one does not resume it."""
+    state_file = out / "state.pt"
+    command.check_writable(state_file)
+    if not state_file.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
+    state = command.load_state(state_file)
+    if not isinstance(state, dict) or not {"settings", "search"} <= state.keys():
+        raise ValueError(f"{state_file} is not a state of this trainer, or of an older version of "
+                         "it: choose another --out")
+    old = state["settings"]
+    changed = [f"{key} {old.get(key)}" for key in settings if settings[key] != old.get(key)]
+    if changed:
+        raise ValueError(f"{out} is a run with other settings: {', '.join(changed)}")
+    return state
+
+
+def keep_lines(path, count):
+    """Cuts a file down to its first `count` lines; makes it if there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with command.replacing(path) as temporary:
+        temporary.write_text("".join(lines[:count]))
+
+
+def write_json(path, value):
+    with command.replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_flags(parser, folder):
+    """The flags of every training of a router; `folder` says where it goes by default."""
+    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=float,
+                        help="find the beta that leads to this CUR, a share like 0.4; --beta is "
+                             "where the search starts")
+    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--iterations", type=int, help="at least so many; one is a batch at one "
+                        "denoising step, and trajectories are finished")
+    parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
+    parser.add_argument("--micro-batch", type=int,
+                        help="of them, how many in memory at once; same result (default: all)")
+    parser.add_argument("--out", type=Path, help=f"run folder (default: {folder})")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+
+
+def add_start_flag(parser):
+    parser.add_argument("--start", metavar="SCHEDULE",
+                        help="a schedule to start from, like fora-paper:2 (default: random logits)")
+
+
+def report(results, settings, out):
+    """Prints what a run came to, and whether it was long enough."""
+    moved = 100 * (results["cur"] - results["cur_before_last_quarter"])
+    print(f"CUR {100 * results['cur']:.1f} %; it moved by {moved:+.1f} points in the last quarter "
+          + ("(still moving: train longer)" if abs(moved) >= 1 else "(settled)"))
+    if settings["target_cur"] is not None:
+        found = abs(results["cur"] - settings["target_cur"]) < CLOSE
+        print(f"beta found: {results['beta']:.3g}"
+              + ("" if found else "; the CUR is not there yet: start from it, by --beta"))
+    print(f"lr x updates per row {results['lr_updates']:g}"
+          + ("" if results["lr_updates"] >= 8 else
+             " (below 8: rows may not have reached the threshold; raise --lr or --iterations)"))
+    if results["peak_memory"]:
+        print(f"peak memory {results['peak_memory'] / 2**30:.2f} GiB")
+    print(f"{results['seconds']:.0f} s; wrote {out}/router.safetensors, router.png and log.jsonl")
