@@ -38,7 +38,7 @@ class Cache:
             raise ValueError("a schedule is a bool tensor (T, K) whose first row is all True")
         T, K = schedule.shape
         self.schedule = schedule.tolist() + [[True] * K]  # nothing is reused after the last step
-        self.steps, self.step = T, T - 1
+        self.steps, self.step = T, T - 1  # as after a whole trajectory: step 0 must come next
         self.kept = {}
         self.computed, self.reused = [0] * K, [0] * K
         self.bytes = self.peak_bytes = 0
@@ -108,6 +108,7 @@ class SoftCache:
         if self.step == 0:
             self.kept[k] = new.detach()
             return new
+        # Computed even where sampling will reuse it: r learns from the difference of the two.
         r = self.r[k]
         mixed = r * new + (1 - r) * self.kept[k]
         if self.refresh[k]:

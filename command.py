@@ -22,6 +22,8 @@ def replacing(path):
     whole. If anything goes wrong, `path` stays as it was and nothing is left beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a file is only replaced at once within one file system. With the
+    # same suffix, because numpy and Pillow go by it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
@@ -32,7 +34,7 @@ def replacing(path):
 
 def save_state(path, state):
     """Saves a tree of dicts, lists, numbers and tensors, to be read by `load_state`."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, write_bytes OSError
     torch.save(state, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
@@ -41,7 +43,7 @@ def save_state(path, state):
 def load_state(path):
     """Reads what `save_state` wrote; no code from the file is run. Raises ValueError if the file is
     truncated or something else, FileNotFoundError if it is not there."""
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes()  # a file that is not there must not look like a damaged one
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in many ways
@@ -76,6 +78,7 @@ def download(url):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+            # torch does not notice when a connection closes early.
             size = response.headers["Content-Length"]
         if size is None:
             raise ConnectionError("the server does not announce the file's size")
@@ -112,6 +115,7 @@ def run(main):
     """Runs a command. A user's mistake (ValueError, OSError) ends in one line and exit code 2. A
     warning is one line. An interruption ends with the shell's own code, 130."""
     keep_freed_memory()
+    # By default Python adds the line of code that warned.
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
         main()
@@ -160,5 +164,5 @@ def peak_memory(device):
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

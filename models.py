@@ -70,7 +70,7 @@ class Model:
         if height is None and width is None:
             return
         factor = self.pixels[0] // self.shape[1]
-        unit = factor * self.network.patch_size
+        unit = factor * self.network.patch_size  # of pixels to a token
         height = self.pixels[0] if height is None else height
         width = self.pixels[1] if width is None else width
         if self.text is None:
@@ -109,7 +109,7 @@ class Model:
 
     def null_caption(self, device=None):
         """T5's features of the empty prompt, if the weights hold no null caption; else None."""
-        if self.text == "hashed" or self.network.y_embedder.y_embedding is not None:
+        if self.text == "hashed" or self.network.y_embedder.null is not None:
             return None
         tokens = self.network.model_max_length
         return text.null_caption(max_length=tokens, device=device, file=CAPTIONS)
@@ -217,6 +217,7 @@ def load(name, weights=None, device=None, dtype=None):
         raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
     device = find_device(device)
     model = MODELS[name](weights)
+    # Frozen: only routers are trained here, and autograd then keeps fewer tensors for them.
     model.network.eval().requires_grad_(False).to(getattr(torch, dtype))
     return model.to(device)
 

@@ -143,7 +143,7 @@ def grid(images, columns=10, titles=None):
     N, H, W, _ = images.shape
     bar = 34 if titles else 0
     scale = max(1, round((120 if titles else 84) / H))
-    columns = min(N, 5 if titles else columns)
+    columns = min(N, 5 if titles else columns)  # titles need room
     rows = -(-N // columns)
     height, width = scale * H + scale + bar, scale * W + scale
     canvas = Image.new("RGB", (columns * width, rows * height), "white")

@@ -48,7 +48,7 @@ SIZES = {
 class CaptionEmbedder(nn.Module):
     """Caption features -> tokens: (B, M, caption_channels) -> (B, M, D). `y_embedding` holds the
     features of the null caption, which stands for "no caption" in classifier-free guidance. They
-    are drawn once and not trained; None if the weights have no null caption."""
+    are drawn once and not trained."""
 
     def __init__(self, caption_channels, hidden_size, tokens):
         super().__init__()
@@ -58,6 +58,12 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, y):
         return self.y_proj(y)
+
+    @property
+    def null(self):
+        """The features of the null caption (M, caption_channels), or None if the weights have none.
+        A state dict cannot hold None, so `read_weights` fills their place with NaN."""
+        return None if self.y_embedding.isnan().any() else self.y_embedding
 
 
 class CrossAttention(nn.Module):
@@ -257,7 +263,7 @@ class PixArt(nn.Module):
         zero, or a null caption that is needed and not given.
         """
         shape = self.model_max_length, self.caption_channels
-        null = self.y_embedder.y_embedding if null is None else null
+        null = self.y_embedder.null if null is None else null
         if null is None:
             raise ValueError("these weights hold no null caption (those of the diffusers layout "
                              "never do): give the features of the empty prompt as `null`")
@@ -342,7 +348,5 @@ def read_weights(path, network):
     if micro != network.micro_conditions:
         raise ValueError(f"{path} has {'' if micro else 'no '}micro-conditions, unlike the network "
                          "(of the published models only alpha 1024 has them)")
-    state = checkpoint.fitted(state, network, path)
-    if "y_embedder.y_embedding" not in state:
-        network.y_embedder.y_embedding = None  # no longer a part of the network's state
-    return state
+    missing = torch.full((network.model_max_length, network.caption_channels), torch.nan)
+    return {"y_embedder.y_embedding": missing, **checkpoint.fitted(state, network, path)}

@@ -42,7 +42,7 @@ class Router(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(steps, branches, generator=generator).clamp(-LIMIT, LIMIT)
-        self.register_buffer("first", torch.full((branches,), LIMIT))  # (K,)
+        self.register_buffer("first", torch.full((branches,), LIMIT))  # row 0 (K,), not trained
         self.rows = nn.ParameterList([nn.Parameter(row.clone()) for row in logits[1:]])
 
     def scores(self, i):
@@ -77,7 +77,7 @@ def threshold(scores, tau):
     if not 0 < tau < 1:
         raise ValueError(f"tau must be between 0 and 1, not {tau}")
     schedule = scores > tau
-    schedule[0] = True
+    schedule[0] = True  # there is nothing to reuse yet
     return schedule
 
 
@@ -118,6 +118,7 @@ def random(steps, branches, cur, seed=0):
         raise ValueError(f"a CUR of {cur} is not from 0 to {free / (steps * branches):.3f}")
     generator = torch.Generator().manual_seed(seed)
     schedule = none(steps, branches)
+    # Exactly as many as asked for: with a coin for each place the CUR would vary.
     schedule[1:].view(-1)[torch.randperm(free, generator=generator)[:reuses]] = False
     return schedule
 
@@ -133,7 +134,7 @@ def named(name, steps, branches, seed=0):
             return random(steps, branches, float(value), seed)
         if kind in ("fora", "fora-paper") and int(value) >= 1:
             return (fora if kind == "fora" else fora_paper)(steps, branches, int(value))
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # the latter for random:inf
         raise ValueError(f"schedule {name}: {error}") from error
     raise ValueError(f"unknown schedule {name}: use none, fora:N, fora-paper:N or random:CUR")
 

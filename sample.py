@@ -45,6 +45,7 @@ def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=N
     if name:
         return router.named(name, steps, branches, seed), f"schedule {name}"
     if path is None:
+        # The shipped router was trained for the model's own sampler and T, and is for no others.
         if (sampler, steps) != (model.sampler, model.steps) or model.router is None:
             words = f"no router is shipped for {model.name} with {sampler}, T = {steps}: no cache"
             return router.none(steps, branches), words
@@ -136,6 +137,7 @@ def continue_folder(folder, settings, items):
     if old["settings.json"] != notes["settings.json"] or not same:
         raise ValueError(f"{folder} holds images made with other settings, see {folder}/"
                          "settings.json: choose another --out")
+    # Images are written whole and in order, so the first that is missing is where to go on.
     missing = (j for j in range(len(items)) if not (folder / f"{j:06d}.png").exists())
     return next(missing, len(items))
 
@@ -150,6 +152,7 @@ def make_decoder(model, vae=None, latents=False):
     if latents:
         return lambda x: x.cpu().numpy()
     autoencoder = models.load_autoencoder(model, vae)
+    # The network denoises scale * latent.
     return lambda x: pictures.to_pixels(autoencoder.decode(x / model.scale))
 
 
@@ -170,7 +173,7 @@ class Batch:
 
 def timed_denoise(model, *args, **kwargs):
     """`denoise`, timed and checked: -> x_0 (B, C, H, W) and seconds."""
-    command.synchronize(model.device)
+    command.synchronize(model.device)  # a GPU may still be at work on what came before
     start = time.perf_counter()
     x = denoise(model.network, *args, **kwargs)
     command.synchronize(model.device)
@@ -300,6 +303,7 @@ def main():
     device = models.find_device(args.device)
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
+    # The text encoder needs the device's memory first.
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     model.resize(args.height, args.width)
     models.choose_kernels(model, device)
@@ -326,7 +330,7 @@ def main():
     print(f"{model.name}, {name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
           f"{model.device}\n{source}, CUR {100 * router.cur(schedule):.1f} %")
 
-    # One batch made twice is enough for time and error.
+    # One batch made twice is enough for time and error. Without reuse there is nothing to compare.
     twice = math.inf if args.compare else 0 if schedule.all() else 1
     cache = Cache(schedule) if twice else None
     totals, kept, kept_full = Totals(), [], []

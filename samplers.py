@@ -72,7 +72,7 @@ def noise_levels(grid):
     """alpha, sigma and lambda at timesteps that may be fractional: log alpha is interpolated
     between the whole ones."""
     log_alpha = np.interp(grid, np.arange(len(BETAS)), 0.5 * np.log(ALPHA_BAR))
-    sigma = np.sqrt(-np.expm1(2 * log_alpha))
+    sigma = np.sqrt(-np.expm1(2 * log_alpha))  # sqrt(1 - alpha^2), exact also for alpha near 1
     return np.exp(log_alpha), sigma, log_alpha - np.log(sigma)
 
 
@@ -124,7 +124,7 @@ class Noise:
 def split(prediction, x):
     """The network's output (2 B or B, C or 2 C, H, W) -> the noise (B, C, H, W) in x, and the
     variance channels, which are empty if the network predicts none."""
-    prediction = prediction[: len(x)].to(x.dtype)
+    prediction = prediction[: len(x)].to(x.dtype)  # of 2 B guided rows the conditional half
     return prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
 
 

@@ -53,7 +53,7 @@ def settings_of(args, defaults):
     for key, value in defaults.items():
         if settings[key] is None:
             settings[key] = value
-    if settings["micro_batch"] is None:
+    if settings["micro_batch"] is None:  # the whole batch at once
         settings["micro_batch"] = settings["batch_size"]
     check(settings)
     return settings
@@ -124,7 +124,8 @@ class BetaSearch:
             return
         logits = logits.cpu()
         if self.logits is not None:
-            share = max(0.2, 1 / len(self.log_betas))  # of the newest in the average
+            # The newest trajectory's share in the average; the first few count alike.
+            share = max(0.2, 1 / len(self.log_betas))
             self.pace = (1 - share) * self.pace + share * (logits - self.logits)
         self.logits = logits
         ahead = routers.threshold(torch.sigmoid(logits + self.horizon * self.pace), self.tau)
@@ -196,6 +197,7 @@ class Run:
         planned = math.ceil(self.settings["iterations"] / self.length)
         with tqdm(total=planned * self.length, initial=self.done * self.length, unit="iteration",
                   disable=None) as self.bar:
+            # Without a target CUR, any is `reached`.
             while self.done < planned or (
                 self.done < 2 * planned and not self.search.reached(self.curs[-1])
             ):
@@ -218,6 +220,8 @@ class Run:
             **self.news,
         }
         self.news = {}
+        # The log first. A line too many is cut off when the run is resumed; one that is missing
+        # could not be made again.
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         command.save_state(self.out / "state.pt", self._state())
@@ -267,7 +271,7 @@ class Run:
                  "beta": results["beta"]}
         about = {key: value for key, value in about.items() if value or key not in OPTIONAL}
         if settings["objective"] == "ltc":
-            about["proxy"] = "none"
+            about["proxy"] = "none"  # the flag has a default, but this objective measures none
         routers.save(self.out / "router.safetensors", logits, **about)
         timesteps = [f"{t:.5g}" for t in self.sampler.timesteps]  # a solver's are fractional
         picture = pictures.heat_map(torch.sigmoid(logits), settings["tau"], timesteps,
@@ -282,7 +286,7 @@ def find_state(out, settings, resume):
     """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
     Raises ValueError if the folder holds a run and this one does not resume it."""
     state_file = out / "state.pt"
-    command.check_writable(state_file)
+    command.check_writable(state_file)  # found out now, not after the first trajectory
     if not state_file.exists():
         return None
     if not resume:

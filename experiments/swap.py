@@ -72,6 +72,7 @@ def main():
     print(f"{args.num_samples} images, seed {args.seed}; branches computed at each step:\n"
           f"{schedule.sum(1).tolist()}")
     line("the router", schedule)
+    # Candidates to compute: steps that had nearly everything from the cache.
     mostly_reused = [i for i in range(1, T) if schedule[i].sum() <= K // 4]
     if not mostly_reused:
         raise ValueError("no step of this router reuses three quarters of its branches")
@@ -80,6 +81,7 @@ def main():
         errors[i] = line(f"step {i} computes everything", computing(schedule, i))
     best = min(errors, key=errors.get)
     first = computing(schedule, best)
+    # The CUR stays the same: as many branches more are computed here as are reused there.
     count = int((first.sum() - schedule.sum()).item())
     able = [j for j in range(1, T) if j != best and first[j].sum() >= count]
     swaps = {j: reusing(first, j, count) for j in able}

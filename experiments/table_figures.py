@@ -33,7 +33,10 @@ def draw_quality(table, path, title):
                               label=method, linewidth=1, markersize=8, capsize=3)
         axis.set_xlabel("speed-up by arithmetic")
         axis.set_ylabel(f"{name} (lower is better)")
-        axis.set_yscale("log" if key == "error" else "linear")
+        axis.set_yscale("log")  # or one bad schedule would press all others together
+        if key == "fid":
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.suptitle(title)
@@ -43,19 +46,18 @@ def draw_quality(table, path, title):
 
 
 def draw_error(errors, timesteps, path, title):
-    """The error of x_t, step by step: errors {name: (method, list of T)}."""
+    """The mean squared error of x_t to the uncached x_t, step by step: errors {name: (method, list
+    of T)}."""
     figure = Figure(figsize=(7.5, 4.5))
     axis = figure.subplots()
     for name, (method, values) in errors.items():
         colour, mark = LOOKS[method]
         values = [value or math.nan for value in values]  # no mark for an error of 0
-        axis.plot(range(1, len(values) + 1), values, color=colour, marker=mark, label=name,
-                  linewidth=1.2, markersize=6)
-    every = math.ceil(len(timesteps) / 10)
-    axis.set_xticks(range(1, len(timesteps) + 1, every),
-                    [f"{t:.0f}" for t in timesteps[::every]])
-    axis.set_xlabel("timestep, in executed order")
-    axis.set_ylabel("mean squared error of x to the uncached one")
+        axis.plot(values, color=colour, marker=mark, label=name, linewidth=1.2, markersize=6)
+    steps = range(0, len(timesteps), math.ceil(len(timesteps) / 10))
+    axis.set_xticks(steps, [f"{i}\n{timesteps[i]:.0f}" for i in steps])
+    axis.set_xlabel("step, and below it its timestep")
+    axis.set_ylabel("squared error of x after the step")
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
