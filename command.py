@@ -5,7 +5,11 @@ import argparse
 import contextlib
 import ctypes
 import io
+import math
 import os
+import re
+import signal
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -21,6 +25,7 @@ def replacing(path):
     """`with replacing(path) as temporary:` write to `temporary`, and it replaces `path` at the end,
     whole. If anything goes wrong, `path` stays as it was and nothing is left beside it."""
     path = Path(path)
+    check_ordinary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a file is only replaced at once within one file system. With the
     # same suffix, because numpy and Pillow go by it.
@@ -30,6 +35,65 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LEFT_BEHIND = re.compile(r"\..+\.(\d+)\.part(\.\w+)?")  # what `replacing` names its files
+
+
+def check_ordinary(path):
+    """Raises OSError for a device, a pipe or a socket: replacing it would remove it, and reading it
+    may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{path} is not an ordinary file: name another")
+
+
+def read_bytes(path):
+    """The bytes of an ordinary file. Raises FileNotFoundError, or another OSError."""
+    check_ordinary(path)
+    return Path(path).read_bytes()
+
+
+def clear_left_behind(folder):
+    """Removes the temporary files of `replacing` whose process was killed and is gone."""
+    for path in folder.iterdir():
+        match = LEFT_BEHIND.fullmatch(path.name)
+        if match and not is_running(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)  # no signal: only whether it is there
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or a system that does not say
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """`with locked(folder):` no other process can do the same meanwhile. The folder itself is
+    locked, so nothing is left in it. Raises OSError if another process has it; does nothing where
+    the system has no such locks (Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"{folder} is in use by another process: wait, or choose another --out"
+                          ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_state(path, state):
@@ -43,7 +107,7 @@ def save_state(path, state):
 def load_state(path):
     """Reads what `save_state` wrote; no code from the file is run. Raises ValueError if the file is
     truncated or something else, FileNotFoundError if it is not there."""
-    data = Path(path).read_bytes()  # a file that is not there must not look like a damaged one
+    data = read_bytes(path)  # a file that is not there must not look like a damaged one
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler fail in many ways
@@ -57,14 +121,29 @@ def save_image(path, image):
         image.save(temporary)
 
 
+def check_not_read(out, *sources):
+    """Raises ValueError if `out` is one of the files that are read (None: no file)."""
+    for source in sources:
+        if source is not None and Path(source).resolve() == Path(out).resolve():
+            raise ValueError(f"{source} is read, so it is not written: choose another name")
+
+
+class Unwritten(Exception):
+    """Ends a `replacing` that is only a trial."""
+
+
 def check_writable(path):
     """Raises OSError if no file can be made at `path`: now, rather than after an hour's work."""
     path = Path(path)
     if path.is_dir():
         raise OSError(f"cannot write {path}: it is a folder")
-    with replacing(path.with_name(f".{path.name}.probe")) as temporary:
+    with contextlib.suppress(Unwritten), replacing(path) as temporary:
         temporary.touch()
-    path.with_name(f".{path.name}.probe").unlink()
+        raise Unwritten  # so `path` stays as it is
+    clear_left_behind(path.parent)
+
+
+TIMEOUT = 30  # seconds of silence after which a download is given up
 
 
 def download(url):
@@ -77,12 +156,15 @@ def download(url):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             # torch does not notice when a connection closes early.
             size = response.headers["Content-Length"]
         if size is None:
             raise ConnectionError("the server does not announce the file's size")
         print(f"{url} -> {path}", file=sys.stderr)
+        # torch's download has no time-out of its own: a server that falls silent would hold it.
+        socket.setdefaulttimeout(TIMEOUT)
         torch.hub.download_url_to_file(url, part)
         if part.stat().st_size != int(size):
             raise ConnectionError(f"got {part.stat().st_size} of {size} bytes")
@@ -94,6 +176,7 @@ def download(url):
             "or name it with --weights"
         ) from error
     finally:
+        socket.setdefaulttimeout(None)
         part.unlink(missing_ok=True)
     return path
 
@@ -112,19 +195,44 @@ def keep_freed_memory():
 
 
 def run(main):
-    """Runs a command. A user's mistake (ValueError, OSError) ends in one line and exit code 2. A
-    warning is one line. An interruption ends with the shell's own code, 130."""
+    """Runs a command. A user's mistake (ValueError, OSError) and a lack of memory end in one line
+    and exit code 2. A warning is one line. An interruption ends with the shell's own code, 130."""
     keep_freed_memory()
+    if "interrupt" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # By default Python adds the line of code that warned.
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(message)}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path that the console cannot print is no failure
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        print("error: out of memory: try a smaller --batch-size or --micro-batch, fewer pixels, or "
+              f"--dtype bfloat16 ({one_line(error)[:200]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(message):
+    """A message without line breaks, and without what a terminal would take for a command."""
+    words = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def is_lack_of_memory(error):
+    """Whether numpy, or torch on a CPU or a GPU, could not get the memory it asked for."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
+    )
 
 
 def add_model_flags(parser):
@@ -132,14 +240,33 @@ def add_model_flags(parser):
     parser.add_argument("--model", default="digits",
                         help="digits (default), emoji, dit256, dit512, pixart256, pixart512, "
                              "pixart1024, sigma256, sigma512, sigma1024 or sigma2048")
-    parser.add_argument("--weights", help="the network's weights, if not the usual file")
+    parser.add_argument("--weights", type=name, help="the network's weights, if not the usual file")
     parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
-    parser.add_argument("--sampler",
+    parser.add_argument("--sampler", type=name,
                         help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is no guidance")
+    parser.add_argument("--guidance", type=finite, help="guidance scale; 1 is no guidance")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", help="float32 (default), bfloat16 (bf16) or float16 (fp16)")
+    parser.add_argument("--device", type=name, help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", type=name,
+                        help="float32 (default), bfloat16 (bf16) or float16 (fp16)")
+
+
+def finite(text):
+    """A number as argparse reads it, but neither nan nor inf."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"a finite number, not {text}")
+    return number
+
+
+def name(text):
+    """A name as argparse reads it, but not an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name, not an empty one")
+    return text
 
 
 def seed(text):

@@ -9,6 +9,9 @@ ADM evaluator defines them (Dhariwal and Nichol 2021, appendix), from readable c
 Letters: N images, D features of the pooled layer, S of the spatial one, k neighbours.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import contextlib
 import dataclasses

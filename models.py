@@ -8,6 +8,7 @@ that it denoises, the text encoder, the autoencoder, and the usual sampler, step
 """
 
 import dataclasses
+import hashlib
 import math
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,14 @@ class Model:
             return self.network.condition(torch.as_tensor(items))
         size = self.pixels if self.network.micro_conditions else None
         return self.network.condition(*self.encode(list(items)), size, self.null_caption())
+
+    def fingerprint(self):
+        """A text that changes with the weights: of the first 64 numbers of each tensor, which
+        training moves, like all others. (Hashing all of DiT-XL/2 would take seconds.)"""
+        digest = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def flops(self, steps, reused=None):
         """Arithmetic of one image in `steps` evaluations with guidance, in FLOP. `reused` (K,) says

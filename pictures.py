@@ -8,13 +8,18 @@ they are written as a grid or as files; the router and lambda are drawn.
 Notation: N images, T denoising steps, K cacheable branches.
 """
 
+import collections
 import colorsys
 import concurrent.futures
+import contextlib
+import functools
 import itertools
 import math
+import os
+import re
 import textwrap
+import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +34,7 @@ import shipped
 # ------------------------------------------------------------------------------------------------
 # Reading
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+NOTES = {"items.txt", "settings.json"}  # what sample.py writes beside its images
 NAMED = {  # what each is: a function -> images uint8 (N, 1 or 3, H, W)
     "digits": lambda: shipped.digits("all")[0],
     "digits-train": lambda: shipped.digits("train")[0],
@@ -40,8 +45,8 @@ NAMED = {  # what each is: a function -> images uint8 (N, 1 or 3, H, W)
 
 def read(source):
     """How many images `source` holds, and a generator of them, each uint8 (H, W, 3). `source` is an
-    array uint8 (N, H, W, 3), a folder of pictures (in the order of their names), an npz with
-    `arr_0`, or `digits`, `digits-train`, `digits-held-out`, `emoji`.
+    array uint8 (N, H, W, 3), a folder of pictures (see `image_files`), an npz with `arr_0`, or
+    `digits`, `digits-train`, `digits-held-out`, `emoji`.
 
     Raises FileNotFoundError, or ValueError. The generator raises ValueError when it comes to a
     picture that cannot be read, the end of a truncated file, or another size.
@@ -49,16 +54,65 @@ def read(source):
     if isinstance(source, np.ndarray):
         check(source.dtype, source.shape, "the array")
         return len(source), iter(source)
-    if source in NAMED:
+    if is_named(source):
         images = NAMED[source]()
         return len(images), iter(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = image_files(path)
         return len(files), folder_images(files)
     if path.suffix != ".npz" or not path.is_file():
         raise FileNotFoundError(f"{path} is no folder of images, npz file or {', '.join(NAMED)}")
     return npz_images(path)
+
+
+def is_named(source):
+    """Whether `source` names one of the data sets. Raises ValueError if it could as well be a
+    folder or file of the user's."""
+    if not isinstance(source, str) or source not in NAMED:
+        return False
+    if Path(source).exists():
+        raise ValueError(f"{source} is a data set's name and a file or folder here: write "
+                         f".{os.sep}{source} for yours, or rename it")
+    return True
+
+
+def image_files(folder):
+    """The pictures of a folder, by name, numbers in it by their value (2.png before 10.png): a list
+    of paths. What Pillow reads is a picture, except hidden files; what is in sub-folders is not
+    read. A warning says what is left out."""
+    files, left_out = [], collections.Counter()
+    for path in Path(folder).iterdir():
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            left_out["sub-folders"] += 1
+        elif path.name in NOTES or (path.name.startswith(".") and suffix not in suffixes()):
+            continue
+        elif path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif suffix not in suffixes():
+            left_out[suffix or "without a suffix"] += 1
+        elif not path.is_file():  # a pipe, which might never end
+            left_out["not ordinary files"] += 1
+        else:
+            files.append(path)
+    if left_out:
+        words = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        warnings.warn(f"left out of {folder}: {words}", stacklevel=2)
+    return sorted(files, key=by_number)
+
+
+@functools.cache
+def suffixes():
+    """The suffixes of what Pillow can read."""
+    known = Image.registered_extensions().items()
+    return {suffix for suffix, kind in known if kind in Image.OPEN}
+
+
+def by_number(path):
+    """Sorts names as people number them: text as text, digits by their value."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(part), part) if part.isdecimal() else (0, part) for part in parts]
 
 
 def check(dtype, shape, name):
@@ -67,12 +121,20 @@ def check(dtype, shape, name):
 
 
 def read_image(path):
-    """uint8 (H, W, 3). Raises ValueError that names the file."""
+    """uint8 (H, W, 3). Of 16 bits a pixel the upper 8 are taken. Raises ValueError that names the
+    file."""
     try:
+        command.check_ordinary(path)
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
+                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel have no usual range: save it with 8 or 16")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(f"{path} cannot be read as an image: {command.one_line(error)}"
+                         ) from error
 
 
 def folder_images(files):
@@ -99,8 +161,8 @@ def npz_images(path):
         shape, fortran, dtype = read_header(stream)
     except KeyError as error:
         raise ValueError(f"{path} holds no images: there is no arr_0 in it") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole npz file: {error}") from error
+    except Exception as error:  # encrypted, compressed oddly, damaged: it fails in many ways
+        raise ValueError(f"{path} is not a whole npz file: {command.one_line(error)}") from error
     check(dtype, shape, f"{path}: arr_0")
     if fortran:
         raise ValueError(f"{path}: arr_0 must be in C order")
@@ -110,8 +172,8 @@ def npz_images(path):
         for _ in range(shape[0]):
             try:
                 data = stream.read(size)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from error
+            except Exception as error:  # damaged data fails in many ways
+                raise ValueError(f"{path} is damaged: {command.one_line(error)}") from error
             if len(data) < size:
                 raise ValueError(f"{path} is truncated: it ends before its {shape[0]} images do")
             yield np.frombuffer(data, np.uint8).reshape(shape[1:])
@@ -171,14 +233,37 @@ def stack(titles, pictures):
     return canvas
 
 
+@contextlib.contextmanager
+def npz_writer(out, total):
+    """`with npz_writer(out, total) as append:` call append(images) until there are `total`. Images
+    uint8 (B, H, W, 3) go into an ADM-style npz, as `arr_0`; latents (B, C, H, W) float32 as
+    `latents`. They are written as they come: 50,000 images of 256 x 256 are 10 GB."""
+    with command.replacing(out) as temporary, contextlib.ExitStack() as stack:
+        archive = stack.enter_context(zipfile.ZipFile(temporary, "w"))
+        file = None
+
+        def append(images):
+            nonlocal file
+            if file is None:
+                name = "arr_0" if images.dtype == np.uint8 else "latents"
+                # force_zip64, because the size is not known to the archive yet
+                file = stack.enter_context(archive.open(f"{name}.npy", "w", force_zip64=True))
+                header = np.lib.format.header_data_from_array_1_0(images)
+                header["shape"] = (total, *images.shape[1:])
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(images).data)
+
+        yield append
+
+
 def write(out, images, first=0, titles=None):
     """uint8 (N, H, W, 3) -> a PNG grid, an ADM-style npz (`arr_0`), or, if `out` has no suffix, a
     folder of PNGs numbered from `first`. Latents (N, C, H, W) go into an npz, as `latents`."""
     if out.suffix == ".png":
         command.save_image(out, grid(images, titles=titles))
     elif out.suffix == ".npz":
-        with command.replacing(out) as temporary:
-            np.savez(temporary, **{"arr_0" if images.dtype == np.uint8 else "latents": images})
+        with npz_writer(out, len(images)) as append:
+            append(images)
     else:
         for j, image in enumerate(images):
             command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))

@@ -12,7 +12,11 @@ Notation: B images at once, N in all, C channels of the latent (or of the pixels
 K branches.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -92,7 +96,9 @@ def read_prompts(prompt, path):
     Raises ValueError for a prompt of several lines."""
     if prompt and any("\n" in text for text in prompt):
         raise ValueError("a --prompt is one line")
-    return prompt or (shipped.read_prompts(path) if path else None)
+    if prompt:
+        return [shipped.one_line(text) for text in prompt]
+    return shipped.read_prompts(path) if path else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,6 +136,9 @@ def continue_folder(folder, settings, items):
     that they were made with other settings, or show something else."""
     notes = folder_notes(settings, items)
     if not (folder / "settings.json").exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ValueError(f"{folder} holds files that this command did not write: choose "
+                             "another --out")
         return 0
     old = {name: (folder / name).read_text(encoding="utf-8") for name in notes}
     lines = old["items.txt"], notes["items.txt"]
@@ -268,6 +277,9 @@ def comparison(full, cached, totals, cache):
 # The command
 
 
+MOST = 10_000_000  # images; more would fill the memory with their labels alone
+
+
 def read_flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,7 +288,7 @@ def read_flags():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--router", type=Path, help="router file (default: the shipped one)")
     which.add_argument("--schedule", help="none, fora:N, fora-paper:N or random:CUR")
-    parser.add_argument("--tau", type=float, help="threshold, if not the router's own")
+    parser.add_argument("--tau", type=command.finite, help="threshold, if not the router's own")
     parser.add_argument("--labels", help="like 3,1,4, repeated; random; default: each in turn")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
@@ -292,14 +304,45 @@ def read_flags():
                         help=".png (grid), .npz (ADM style) or a folder, which is filled image by "
                              "image: the same command goes on where it was interrupted")
     args = parser.parse_args()
-    if min(args.batch_size, 1 if args.num_samples is None else args.num_samples) < 1:
-        raise ValueError("--num-samples and --batch-size must be 1 or more")
+    count = 1 if args.num_samples is None else args.num_samples
+    if min(args.batch_size, count) < 1 or count > MOST:
+        raise ValueError(f"--num-samples must be 1 to {MOST:,}, --batch-size 1 or more")
     return args
+
+
+def write_all(batches, out, decode, items, settings, model, steps, cache, compare):
+    """Writes the images as they come; only a picture of all needs them at the end. Then reports."""
+    totals, kept, kept_full = Totals(), [], []
+    with contextlib.ExitStack() as stack:
+        if out.suffix == ".npz":
+            append = stack.enter_context(pictures.npz_writer(out, len(items)))
+        elif not out.suffix:
+            stack.enter_context(command.locked(out))
+            write_notes(out, settings, items)
+        for batch in batches:
+            if cache is None or batch.full is not None:
+                totals.add(batch)
+            images = decode(batch.x)
+            if out.suffix == ".npz":
+                append(images)
+            elif not out.suffix:
+                pictures.write(out, images, batch.first)
+            else:
+                kept.append(images)
+            if compare:
+                kept_full.append(decode(batch.full))
+    report(model, steps, cache, totals)
+    if compare:
+        picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)
+        command.save_image(out, picture)
+    elif out.suffix == ".png":
+        pictures.write(out, np.concatenate(kept), titles=items if model.text else None)
 
 
 def main():
     args = read_flags()
     out = choose_out(args.out, args.latents, args.compare)
+    command.check_not_read(out, args.router, args.prompts, args.weights, args.vae)
     device = models.find_device(args.device)
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
@@ -333,25 +376,9 @@ def main():
     # One batch made twice is enough for time and error. Without reuse there is nothing to compare.
     twice = math.inf if args.compare else 0 if schedule.all() else 1
     cache = Cache(schedule) if twice else None
-    totals, kept, kept_full = Totals(), [], []
-    for batch in generate(model, sampler, guidance, items, args.seed, args.batch_size, cache, first,
-                          twice):
-        if cache is None or batch.full is not None:
-            totals.add(batch)
-        if out.suffix:
-            kept.append(decode(batch.x))
-        else:
-            if batch.first == first:
-                write_notes(out, settings, items)
-            pictures.write(out, decode(batch.x), batch.first)
-        if args.compare:
-            kept_full.append(decode(batch.full))
-    report(model, steps, cache, totals)
-    if args.compare:
-        picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)
-        command.save_image(out, picture)
-    elif out.suffix:
-        pictures.write(out, np.concatenate(kept), titles=items if model.text else None)
+    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache, first,
+                       twice)
+    write_all(batches, out, decode, items, settings, model, steps, cache, args.compare)
     print(f"wrote {out}")
 
 

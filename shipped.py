@@ -4,10 +4,13 @@
     images, captions = shipped.emoji()               # uint8 (1026, 3, 32, 32) and 1,026 strings
 """
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
+
+import command
 
 DATA = Path(__file__).parent / "data"
 PARTS = ("all", "train", "held-out")
@@ -55,12 +58,19 @@ def emoji_prompts():
 
 
 def read_lines(path):
-    """The lines of a text: -> a list. Raises ValueError if it is not UTF-8, FileNotFoundError."""
+    """The lines of a text: -> a list. A line feed ends a line; a carriage return within one, as old
+    editors leave it, does not. Raises ValueError if it is not UTF-8, FileNotFoundError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = command.read_bytes(path).decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error.reason}") from error
+    lines = [one_line(line) for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def one_line(text):
+    """A caption without control characters (a carriage return, a tab), which become spaces."""
+    return "".join(" " if unicodedata.category(c) == "Cc" else c for c in text).strip(" ")
 
 
 def read_prompts(path=DATA / "prompts.txt"):

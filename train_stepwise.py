@@ -19,6 +19,9 @@ schedule instead of random logits. `training.py` has the run folder and --resume
 Notation: B images, T denoising steps, K cacheable branches.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import copy
 import dataclasses
@@ -96,7 +99,7 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
             chunk.advance(0, chunk.predict(network, 0, guidance, chunk.cache))
 
     for i, t in enumerate(timesteps[1:], start=1):
-        error = 0.0
+        error, scale = 0.0, training.loss_scale(lambda_[i] / chunks[0].x.numel())
         for chunk in chunks:
             with torch.no_grad():
                 target = chunk.predict(network, i, guidance)  # teacher
@@ -104,11 +107,12 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
             # Weighed by its share, a chunk adds its part to the mean over the batch, and to the
             # gradient: any micro-batch gives the same update.
             mse = chunk.share * F.mse_loss(prediction, target)
-            (lambda_[i] * mse).backward()
+            (scale * lambda_[i] * mse).backward()
             error += mse.item()
             # The next x is the student's own, because in sampling its errors add up as well. It is
             # detached: each row learns from its own step, and memory holds one step's graph.
             chunk.advance(i, prediction.detach())
+        router.rows[i - 1].grad /= scale
         usage = beta * router.scores(i).sum()
         usage.backward()
         losses.append(lambda_[i] * error + usage.item())
@@ -139,7 +143,7 @@ def train(model, settings, out, resume=False, prompts=None):
     guidance, tau, B = settings["guidance"], settings["tau"], settings["batch_size"]
     every = math.ceil(settings["lambda_every"] / settings["steps"])  # in trajectories
     router = training.first_router(model, settings)
-    run = training.Run(model, sampler, router, settings, out, resume)
+    run = training.Run(model, sampler, router, settings, out, resume, data=prompts or ())
     for n in run:
         draw = partial(chunks_of, model, sampler, settings["seed"], range(n * B, (n + 1) * B),
                        settings["micro_batch"], prompts=prompts)
@@ -195,6 +199,8 @@ def main():
     args = read_flags()
     settings = training.settings_of(args, defaults_of(args.model, args.objective, args.steps))
     device = models.find_device(args.device)
+    if args.sampler and args.steps:
+        make_sampler(args.sampler, args.steps)  # complains before a download
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     if args.prompts and model.text is None:
         raise ValueError(f"{args.model} takes labels, not prompts: leave --prompts out")
@@ -209,7 +215,8 @@ def main():
     out = args.out or Path("runs") / args.model
     print(f"{args.model} on {model.device}: {settings['objective']}, beta {settings['beta']:g}, "
           f"{settings['sampler']}, T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    training.report(train(model, settings, out, args.resume, prompts), settings, out)
+    with command.locked(out):
+        training.report(train(model, settings, out, args.resume, prompts), settings, out)
 
 
 if __name__ == "__main__":

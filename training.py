@@ -14,6 +14,7 @@ only, so it holds no latent and no cache. A resumed run ends with bitwise the sa
 Notation: T denoising steps, K cacheable branches, CUR the cache utilisation ratio.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -29,6 +30,7 @@ import router as routers
 # ------------------------------------------------------------------------------------------------
 # Settings: a plain dict, saved with the run, in which every key stands
 
+VERSION = 1  # of what a state holds and of what it leads to: a state of another one is refused
 OF_THE_MACHINE = ("out", "resume", "device", "vae")  # flags that do not change the router
 OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every")  # None in some trainings
 
@@ -63,9 +65,9 @@ def check(settings):
     """Raises ValueError for a number out of range."""
     if not 0 < settings["tau"] < 1:
         raise ValueError(f"--tau must be between 0 and 1, not {settings['tau']}")
-    if not 0 <= settings["beta"] < math.inf:
+    if settings["beta"] < 0:
         raise ValueError(f"--beta must be 0 or more, not {settings['beta']}")
-    if not 0 < settings["lr"] < math.inf:
+    if settings["lr"] <= 0:
         raise ValueError(f"--lr must be more than 0, not {settings['lr']}")
     target = settings["target_cur"]
     if target is not None and not 0 < target < 1:
@@ -94,6 +96,13 @@ def check_loss(loss, where):
     if not math.isfinite(loss):
         raise ValueError(f"the loss is not finite{where}: the network's predictions overflow; try "
                          "--dtype float32")
+
+
+def loss_scale(factor):
+    """What a loss is multiplied by for its backward: a power of two, near 1 / factor. The gradient
+    of a mean squared error, times lambda, is below float16's smallest number (6e-8) on many rows.
+    Scaled back on the router it has lost nothing: powers of two are exact."""
+    return 2.0 ** -round(math.log2(factor)) if factor > 0 else 1.0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,13 +168,15 @@ class BetaSearch:
 class Run:
     """A training in the folder `out`, new or resumed: iterate over it. Each trajectory has `length`
     iterations (T, if not named). With a target CUR that is not reached, it goes on to twice
-    the iterations at most.
+    the iterations at most. `data` is what the training draws from beside noise, a list of strings
+    (prompts, or names of files): if it or the weights have changed, a run is not resumed.
 
     Attributes: `optimizer`; `lambda_`, a list of T, ones until `measured` sets it.
     Raises ValueError if the folder holds a run that this one does not resume.
     """
 
-    def __init__(self, model, sampler, router, settings, out, resume=False, length=None):
+    def __init__(self, model, sampler, router, settings, out, resume=False, length=None,
+                 data=()):
         self.model, self.sampler, self.router = model, sampler, router.to(model.device)
         self.settings, self.out = settings, Path(out)
         self.length = settings["steps"] if length is None else length
@@ -175,7 +186,9 @@ class Run:
                                  settings["lr"])
         self.lambda_, self.news = [1.0] * settings["steps"], {}
         self.done, self.curs, self.seconds = 0, [], 0.0
-        state = find_state(self.out, settings, resume)
+        self.contents = {"weights": model.fingerprint(),
+                         "prompts or images": hashlib.sha256(repr(data).encode()).hexdigest()}
+        state = find_state(self.out, settings, self.contents, resume)
         if state:
             self._load(state)
         self.first = self.done
@@ -230,19 +243,43 @@ class Run:
 
     def _state(self):
         return {
-            "settings": self.settings, "router": self.router.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "search": self.search.state_dict(),
-            "lambda": self.lambda_, "trajectories": self.done, "curs": self.curs,
-            "seconds": self.seconds,
+            "version": VERSION, "settings": self.settings, "contents": self.contents,
+            "router": self.router.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "search": self.search.state_dict(), "lambda": self.lambda_,
+            "trajectories": self.done, "curs": self.curs, "seconds": self.seconds,
         }
 
     def _load(self, state):
-        self.router.load_state_dict(state["router"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.search.load_state_dict(state["search"])
-        self.lambda_, self.done, self.curs, self.seconds = (
-            state[key] for key in ("lambda", "trajectories", "curs", "seconds")
-        )
+        try:
+            self.router.load_state_dict(state["router"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.search.load_state_dict(state["search"])
+            self.lambda_, self.done, self.curs, self.seconds = (
+                state[key] for key in ("lambda", "trajectories", "curs", "seconds")
+            )
+            self._check()
+        except Exception as error:  # a foreign file may hold anything anywhere
+            raise ValueError(f"{self.out}/state.pt is not a whole state of this training "
+                             f"({type(error).__name__}: {error}): choose another --out") from error
+
+    def _check(self):
+        """Raises ValueError if what was loaded cannot have come from a run."""
+        numbers = [self.seconds, self.search.beta, *self.lambda_, *self.curs,
+                   *self.search.log_betas]
+        tensors = [*self.router.state_dict().values(), torch.as_tensor(self.search.pace)]
+        tensors += [] if self.search.logits is None else [self.search.logits]
+        for row, moments in self.optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if moments[key].shape != row.shape:
+                    raise ValueError(f"{key} is {tuple(moments[key].shape)}")
+                tensors.append(moments[key])
+        if not all(map(math.isfinite, numbers)) or not all(t.isfinite().all() for t in tensors):
+            raise ValueError("not all of its numbers are finite")
+        if len(self.lambda_) != self.settings["steps"] or len(self.curs) != self.done or (
+            self.done < 1 or self.seconds < 0 or self.search.beta < 0
+            or not all(0 <= cur <= 1 for cur in self.curs)
+        ):
+            raise ValueError("its numbers do not go together")
 
     def finish(self):
         """Call after the last trajectory: writes the router and the pictures of it and of lambda.
@@ -282,9 +319,10 @@ class Run:
             command.save_image(self.out / "lambda.png", picture)
 
 
-def find_state(out, settings, resume):
+def find_state(out, settings, contents, resume):
     """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
-    Raises ValueError if the folder holds a run and this one does not resume it."""
+    Raises ValueError if the folder holds a run and this one does not resume it. More iterations
+    than before are no other settings: the run goes on."""
     state_file = out / "state.pt"
     command.check_writable(state_file)  # found out now, not after the first trajectory
     if not state_file.exists():
@@ -292,13 +330,22 @@ def find_state(out, settings, resume):
     if not resume:
         raise ValueError(f"{out} holds a run: --resume goes on with it, or choose another --out")
     state = command.load_state(state_file)
-    if not isinstance(state, dict) or not {"settings", "search"} <= state.keys():
-        raise ValueError(f"{state_file} is not a state of this trainer, or of an older version of "
+    state = state if isinstance(state, dict) else {}
+    old, known = state.get("settings"), state.get("contents")
+    if state.get("version") != VERSION or not isinstance(old, dict) or not isinstance(known, dict):
+        raise ValueError(f"{state_file} is not a state of this trainer, or of another version of "
                          "it: choose another --out")
-    old = state["settings"]
-    changed = [f"{key} {old.get(key)}" for key in settings if settings[key] != old.get(key)]
+    changed = [f"{key} {old.get(key)}" for key in settings
+               if settings[key] != old.get(key) and key != "iterations"]
     if changed:
         raise ValueError(f"{out} is a run with other settings: {', '.join(changed)}")
+    if not isinstance(old.get("iterations"), int) or settings["iterations"] < old["iterations"]:
+        raise ValueError(f"{out} is a run of {old.get('iterations')} iterations: --iterations can "
+                         "only be more, and then it goes on")
+    changed = [key for key in contents if known.get(key) != contents[key]]
+    if changed:
+        raise ValueError(f"{out} is a run with other {' and other '.join(changed)} in the same "
+                         "files: choose another --out")
     return state
 
 
@@ -320,12 +367,14 @@ def write_json(path, value):
 
 def add_flags(parser, folder):
     """The flags of every training of a router; `folder` says where it goes by default."""
-    parser.add_argument("--beta", type=float, help="weight of the router's usage in the loss")
-    parser.add_argument("--target-cur", type=float,
+    parser.add_argument("--beta", type=command.finite,
+                        help="weight of the router's usage in the loss")
+    parser.add_argument("--target-cur", type=command.finite,
                         help="find the beta that leads to this CUR, a share like 0.4; --beta is "
                              "where the search starts")
-    parser.add_argument("--tau", type=float, default=0.1, help="reuse at scores <= tau (0.1)")
-    parser.add_argument("--lr", type=float, help="AdamW's learning rate")
+    parser.add_argument("--tau", type=command.finite, default=0.1,
+                        help="reuse at scores <= tau (0.1)")
+    parser.add_argument("--lr", type=command.finite, help="AdamW's learning rate")
     parser.add_argument("--iterations", type=int, help="at least so many; one is a batch at one "
                         "denoising step, and trajectories are finished")
     parser.add_argument("--batch-size", type=int, help="images or trajectories at once")

@@ -19,6 +19,9 @@ Notation: B images, R = 2 B rows (with the label, without), N tokens, D width, L
 K branches: 2 L, for PixArt 3 L.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import statistics
 import time

@@ -6,6 +6,9 @@ extraction   Inception's features of the same images, ours and torch-fidelity's,
 neighbours   precision and recall at 10,000 x 10,000 x 2048: seconds and peak memory, bar 4 GB
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import resource
 import tempfile

@@ -9,6 +9,9 @@ printed is diffusers' time / ours, the median over the rounds: above 1 ours is f
 The outputs of DiT differ because diffusers embeds its timesteps with other frequencies.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import statistics
 import time

@@ -21,6 +21,9 @@ interrupted command goes on where it was. The table and the figures show the las
 Notation: T denoising steps, K branches, CUR the cache utilisation ratio.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import csv
 import dataclasses

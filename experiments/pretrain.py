@@ -9,6 +9,9 @@ The DiT's training is its paper's (section 3; the loss is IDDPM's). Interrupt a 
 same command with --resume goes on to the bitwise same weights (with --compile that is not tested).
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import copy
 import math

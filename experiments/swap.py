@@ -12,6 +12,9 @@ every step of the first kind, takes the best, then tries every step of the secon
 the errors. Steps count from 0.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 from pathlib import Path
 

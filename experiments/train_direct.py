@@ -15,6 +15,9 @@ graph of T steps is kept, instead of one.
 Notation: B images, T denoising steps, K branches.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import statistics
 import time
@@ -57,6 +60,7 @@ def train_direct_trajectory(model, router, optimizer, chunks, guidance, tau, bet
     """One trajectory and one update, of all rows. -> the loss and the error of the images.
     Raises ValueError, before the update, if the loss is not finite."""
     steps, error = len(chunks[0].sampler.timesteps), 0.0
+    scale = training.loss_scale(1 / chunks[0].x.numel())
     for chunk in chunks:
         target = denoise(model.network, chunk.sampler, chunk.x, chunk.condition, guidance,
                          noise=chunk.noise)
@@ -64,8 +68,10 @@ def train_direct_trajectory(model, router, optimizer, chunks, guidance, tau, bet
         for i in range(steps):
             chunk.advance(i, chunk.predict(model.network, i, guidance, cache))
         mse = chunk.share * F.mse_loss(chunk.x, target)
-        mse.backward()
+        (scale * mse).backward()
         error += mse.item()
+    for row in router.rows:
+        row.grad /= scale
     usage = beta * sum(router.scores(i).sum() for i in range(1, steps))
     usage.backward()
     loss = error + usage.item()
@@ -177,7 +183,8 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-direct"
     print(f"{args.model} on {model.device}: direct, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    training.report(train(model, settings, out, args.resume), settings, out)
+    with command.locked(out):
+        training.report(train(model, settings, out, args.resume), settings, out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ and it needs no images. IEPO adds lambda.
 Notation: B images, T denoising steps, K branches.
 """
 
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
 import argparse
 import math
 from functools import partial
@@ -113,6 +116,7 @@ def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, 
     Raises ValueError, before the update, if the loss is not finite."""
     t_before, t = sampler.timesteps[i - 1 : i + 1]
     a, B, error = sampler.alpha_bar[i - 1], len(images), 0.0
+    scale = training.loss_scale(1 / images[:micro_batch].numel())
     x = math.sqrt(a) * images + math.sqrt(1 - a) * noise.step(i, images)
     for part in range(0, B, micro_batch):
         x_s, y = x[part : part + micro_batch], labels[part : part + micro_batch]
@@ -123,8 +127,9 @@ def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, 
             x_t = sampler.step(predict(x_s, t_before, cache.start(0)), i - 1, x_s)
             target = predict(x_t, t)
         mse = len(y) / B * F.mse_loss(predict(x_t, t, cache.start(i)), target)
-        mse.backward()
+        (scale * mse).backward()
         error += mse.item()
+    router.rows[i - 1].grad /= scale
     usage = beta * router.scores(i).sum()
     usage.backward()
     loss = error + usage.item()
@@ -205,7 +210,8 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-ltc"
     print(f"{args.model} on {model.device}: Learning-to-Cache, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    training.report(train(model, settings, out, draw, args.resume), settings, out)
+    with command.locked(out):
+        training.report(train(model, settings, out, draw, args.resume), settings, out)
 
 
 if __name__ == "__main__":
