@@ -9,6 +9,7 @@ that the library diffusers has for them.
 """
 
 import argparse
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -24,7 +25,8 @@ import command
 
 def read(path):
     """The tensors by name of a `.safetensors` file, or of a file that torch saved (`.pt`, `.pth`,
-    `.bin`, `.ckpt`), whose state dict is bare or under `ema` or `state_dict`.
+    `.bin`, `.ckpt`), whose state dict is bare or under `ema`, `state_dict` or `model`. A prefix that
+    wrappers put before every name is taken off.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
     """
@@ -36,20 +38,43 @@ def read(path):
             state = load_file(path)
         else:
             mmap = zipfile.is_zipfile(path)  # torch cannot map the format it had before 1.6
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the flags, as in DiT's
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a whole checkpoint, or holds objects that only running "
-                         "code could read: use a .safetensors file") from error
+                         f"code could read{unsafe_names(path)}: use a .safetensors file"
+                         ) from error
     except Exception as error:  # a damaged file fails in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    for key in ("ema", "state_dict"):
+        raise ValueError(f"{path} is not a whole checkpoint: {command.one_line(error)}") from error
+    for key in ("ema", "state_dict", "model"):  # an average of the weights is better than the last
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict: not bare, under `ema` or `state_dict`")
-    return {str(key): value for key, value in state.items()}
+        raise ValueError(f"{path} holds no state dict: not bare, under `ema`, `state_dict` or "
+                         "`model`")
+    return without_prefix({str(key): value for key, value in state.items()})
+
+
+def unsafe_names(path):
+    """What a file names beyond tensors and plain values, in brackets, or ''."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # damaged, or in the format from before torch 1.6
+        return ""
+    return f" ({', '.join(names[:3])})" if names else ""
+
+
+# DistributedDataParallel's, torch.compile's, ComfyUI's, and attributes that people give a network
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.", "net.")
+
+
+def without_prefix(state):
+    """A state dict without what stands before every one of its names, however often."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return without_prefix({name[len(prefix):]: value for name, value in state.items()})
+    return state
 
 
 def fitted(state, network, path):
@@ -57,26 +82,71 @@ def fitted(state, network, path):
     diffusers is translated; what it lacks is not in the result (`dit.read_weights` and
     `pixart.read_weights` supply it).
 
-    Raises ValueError that names every missing, unexpected and misshapen key.
+    Raises ValueError that names the first missing, unexpected and misshapen keys, or what is no
+    weight: a whole number, NaN, a tensor without data; and for weights of another resolution.
     """
     expected = network.state_dict()
     diffusers = "pos_embed.proj.weight" in state
     if diffusers:
         expected = to_diffusers(expected, network)
+    check_resolution(state, network, path)
     # Some files hold the fixed position embedding, and some networks compute it.
     unused = {"pos_embed", "pos_embed.pos_embed"} - expected.keys()
     state = {key: value for key, value in state.items() if key not in unused}
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} is {shapes[key]}, not {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and shapes[key] != expected[key].shape
+    problems = [
+        few("missing", [key for key in expected if key not in state]),
+        few("unexpected", [key for key in state if key not in expected]),
+        few("", [f"{key} is {shapes[key]}, not {tuple(expected[key].shape)}" for key in expected
+                 if key in state and shapes[key] != expected[key].shape]),
     ]
-    if problems:
-        raise ValueError(f"{path} does not fit this network: " + "; ".join(problems))
+    if any(problems):
+        raise ValueError(f"{path} does not fit this network: " + "; ".join(filter(None, problems)))
+    for key in expected:
+        check_weight(state[key], f"{path}: {key}")
     return from_diffusers(state, network) if diffusers else state
+
+
+def few(word, names):
+    """Up to three names after a word, and how many more there are; '' if there are none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{word} {', '.join(names[:3])}{more}".strip() if names else ""
+
+
+def check_weight(value, name):
+    """Raises ValueError for what cannot be a weight."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"{name} is no ordinary tensor with data")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}, not floating point:"
+                         " quantised weights need their scales, which are not read")
+    if not value.float().isfinite().all() and not name.endswith("y_embedding"):
+        raise ValueError(f"{name} holds NaN or infinite numbers: its training had diverged, or the "
+                         "file is damaged")
+
+
+def check_resolution(state, network, path):
+    """Raises ValueError if a file says that it is for another resolution. The official files of a
+    family differ in nothing else: with the wrong one every picture would be wrong, without a word.
+    What says it is a position embedding in the file, or diffusers' config.json beside it."""
+    side = getattr(network, "input_size", None)
+    if side is None:
+        return
+    tokens = (side // network.patch_size) ** 2
+    for key in ("pos_embed", "pos_embed.pos_embed"):
+        shape = tuple(getattr(state.get(key), "shape", ()))
+        if len(shape) == 3 and shape[1] != tokens:
+            raise ValueError(f"{path} is for pictures of {shape[1]} tokens, this network for "
+                             f"{tokens}: it was trained at another resolution")
+    config = Path(path).with_name("config.json")
+    if "pos_embed.proj.weight" in state and config.is_file():
+        try:
+            size = json.loads(command.read_bytes(config)).get("sample_size", side)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config} is not diffusers' config.json: {error}") from error
+        if size != side:
+            raise ValueError(f"{path} is for sides of {size}, by its config.json, this network for "
+                             f"{side}: it was trained at another resolution")
 
 
 # ------------------------------------------------------------------------------------------------

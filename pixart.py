@@ -339,7 +339,11 @@ def read_weights(path, network):
     `checkpoint.fitted`.
     """
     state = checkpoint.read(path)
-    tokens = tuple(getattr(state.get("y_embedder.y_embedding"), "shape", ()))[:1]
+    # PixArt-alpha's own files in the layout of diffusers hold the null caption after all.
+    if "caption_projection.y_embedding" in state:
+        state["y_embedder.y_embedding"] = state.pop("caption_projection.y_embedding")
+    null = state.get("y_embedder.y_embedding")
+    tokens = tuple(getattr(null, "shape", ()))[:1]
     if tokens not in ((), (network.model_max_length,)):
         raise ValueError(f"{path} is for captions of {tokens[0]} tokens, this network for "
                          f"{network.model_max_length} (PixArt-alpha has 120, PixArt-Sigma 300)")
@@ -348,5 +352,9 @@ def read_weights(path, network):
     if micro != network.micro_conditions:
         raise ValueError(f"{path} has {'' if micro else 'no '}micro-conditions, unlike the network "
                          "(of the published models only alpha 1024 has them)")
-    missing = torch.full((network.model_max_length, network.caption_channels), torch.nan)
-    return {"y_embedder.y_embedding": missing, **checkpoint.fitted(state, network, path)}
+    if "pos_embed.proj.weight" in state:  # the layout of diffusers
+        state.pop("y_embedder.y_embedding", None)
+        if null is None:
+            null = torch.full((network.model_max_length, network.caption_channels), torch.nan)
+        return {**checkpoint.fitted(state, network, path), "y_embedder.y_embedding": null}
+    return checkpoint.fitted(state, network, path)

@@ -14,6 +14,7 @@ the cache utilisation ratio, is the share of the T x K branch evaluations that r
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -202,11 +203,16 @@ def load(path):
                 logits, about = file.get_tensor("logits"), file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a router file, or not a whole one: {error}") from error
-    if logits.dim() != 2 or not torch.isfinite(logits).all():
+    if logits.dim() != 2 or not logits.is_floating_point() or not logits.isfinite().all():
         raise ValueError(f"{path} is not a router file: its logits are not a finite (T, K) table")
-    for key, kind in (("model", str), ("sampler", str), ("guidance", float), ("tau", float)):
+    for key in ("model", "sampler"):
+        if key not in about:
+            raise ValueError(f"{path} is not a router file: it does not say its {key}")
+    for key in ("guidance", "tau"):
         try:
-            kind(about[key])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a router file: it does not say its {key}") from error
+            finite = math.isfinite(float(about[key]))
+        except (KeyError, ValueError):
+            finite = False
+        if not finite:
+            raise ValueError(f"{path} is not a router file: it does not say its {key}")
     return RouterFile(str(path), logits, about)
