@@ -1,11 +1,13 @@
-"""The networks that look at images for the metrics: the Inception network of FID; a small
-classifier of digits and a small CLIP for emoji, so that the numbers exist without a download.
+"""The networks whose features the metrics compare: the Inception network of FID; and, so that the
+metrics work without a download, a small classifier of digits and a small CLIP for emoji.
 
     network = features.load("digits")                # "inception" is downloaded on first use
     pooled, spatial, logits = network(images)        # images uint8 (B, 3, H, W)
 
-All give, in one pass, what the metrics are made of: `pooled` (B, D) for FID, precision and recall,
-`spatial` (B, S) for sFID, `logits` (B, classes) for the Inception score.
+Each returns three kinds of features from one pass: `pooled` (B, D) for FID, precision and recall;
+`spatial` (B, S) for sFID; `logits` (B, classes) for the Inception score.
+
+Notation: B images, C channels, H and W sides in pixels, D pooled and S spatial features.
 """
 
 from pathlib import Path
@@ -28,21 +30,21 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 
 
 def resize_tf1(images, size):
-    """Bilinear resize as TensorFlow 1 did it, with neither half-pixel centres nor aligned corners:
-    output pixel i reads from i * size_in / size_out. images (B, C, H, W) -> (B, C, size, size)."""
-    for dim in (2, 3):
+    """Bilinear resize as in TensorFlow 1, with neither half-pixel centres nor aligned corners:
+    output pixel i reads at i * size_in / size_out. images (B, C, H, W) -> (B, C, size, size)."""
+    for dim in (2, 3):  # bilinear is linear along the rows, then along the columns
         length = images.shape[dim]
         at = torch.arange(size, device=images.device, dtype=torch.float32) * (length / size)
         low = at.long()
-        high = (low + 1).clamp(max=length - 1)
+        high = (low + 1).clamp(max=length - 1)  # beyond the last pixel: the last pixel
         weight = (at - low).to(images.dtype).view([-1, 1] if dim == 2 else [-1])
         images = torch.lerp(images.index_select(dim, low), images.index_select(dim, high), weight)
     return images
 
 
 # ------------------------------------------------------------------------------------------------
-# Inception v3, as of the graph of 2015-12-05 that FID is defined with (Szegedy et al. 2016,
-# sections 3 to 6). The parameters have the names that pytorch-fid's weights have.
+# Inception v3 (Szegedy et al. 2016, sections 3 to 6), as in the TensorFlow graph of 2015-12-05 that
+# defines FID. The parameters have the names of pytorch-fid's file of weights.
 
 
 class Conv(nn.Module):
@@ -58,13 +60,14 @@ class Conv(nn.Module):
 
 
 def average(x):
-    """3 x 3 average; the padding does not count (pytorch-fid's port found that the graph does so,
-    unlike torchvision's network)."""
+    """3 x 3 average, (B, C, H, W) -> the same. As pytorch-fid's port found, the 2015 graph leaves
+    the padding out of the mean; torchvision's network does not."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class MixedA(nn.Module):
-    """(B, C, 35, 35) -> (B, 224 + pool, 35, 35)."""
+    """(B, C, 35, 35) -> (B, 224 + pool, 35, 35). As in all Mixed blocks, the input passes through
+    several branches side by side, and their outputs are concatenated."""
 
     def __init__(self, C, pool):
         super().__init__()
@@ -98,7 +101,7 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-    """(B, 768, 17, 17) -> (B, 768, 17, 17); a 7 x 7 convolution is a 1 x 7 and a 7 x 1 one."""
+    """(B, 768, 17, 17) -> the same. A 7 x 7 convolution is split into a 1 x 7 and a 7 x 1 one."""
 
     def __init__(self, C7):
         super().__init__()
@@ -139,8 +142,8 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-    """(B, C, 8, 8) -> (B, 2048, 8, 8). `pool` is the 3 x 3 pooling: the average in the first of the
-    two, but the maximum in the last, a quirk of the 2015 graph."""
+    """(B, C, 8, 8) -> (B, 2048, 8, 8). `pool` is the 3 x 3 pooling: the average in the first block
+    of this kind, the maximum in the last, a quirk of the 2015 graph."""
 
     def __init__(self, C, pool):
         super().__init__()
@@ -169,9 +172,10 @@ class MixedE(nn.Module):
 class Inception(nn.Module):
     """The network of FID, sFID and the Inception score, with 1008 outputs.
 
-    `resize` is the preprocessing to 299 x 299: "tf1", the graph's own (TensorFlow 1's bilinear
-    resize, then (x - 128) / 128), as the ADM evaluator and torch-fidelity have it; or "pytorch-fid"
-    (half-pixel centres, 2 x / 255 - 1). The numbers differ: never compare across the two.
+    `resize` is the preprocessing to 299 x 299. "tf1" is the graph's own, as in the ADM evaluator
+    and in torch-fidelity: TensorFlow 1's bilinear resize, then (x - 128) / 128. "pytorch-fid" has
+    half-pixel centres and 2 x / 255 - 1. Metrics of the two differ: never compare them.
+    Raises ValueError for another name.
     """
 
     def __init__(self, resize="tf1"):
@@ -196,11 +200,11 @@ class Inception(nn.Module):
 
     @property
     def name(self):
-        """Which features these are: statistics of one name are not compared with another's."""
+        """Names the features: only statistics of equal names are compared."""
         return f"Inception 2015-12-05, resize {self.resize}"
 
     def preprocess(self, images):
-        """uint8 (B, 3, H, W) -> float (B, 3, 299, 299)."""
+        """uint8 (B, 3, H, W) -> float (B, 3, 299, 299), about from -1 to 1."""
         images = images.to(self.fc.weight.dtype)
         if self.resize == "tf1":
             return (resize_tf1(images, 299) - 128) / 128
@@ -209,8 +213,9 @@ class Inception(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pooled (B, 2048), spatial (B, 2023), logits (B, 1008).
 
-        `pooled` is the graph's pool_3; `spatial` the first 7 channels of its mixed_6/conv, in its
-        order (row, column, channel); `logits` leave out the bias, as the Inception score does.
+        `pooled` is the graph's layer pool_3; `spatial` the first 7 channels of its mixed_6/conv, in
+        its order (row, column, channel); `logits` lack the bias, as in the official Inception
+        score.
         """
         x = self.preprocess(images)                                    # (B,    3, 299, 299)
         x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))                  # (B,   32, 147, 147)
@@ -228,12 +233,12 @@ class Inception(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The digits' own network
+# The network for digits
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional network that tells the ten digits apart, trained by
-    experiments/pretrain.py on the shipped digits only. Its features stand in for Inception's."""
+    """A small convolutional classifier of the ten digits, trained by experiments/pretrain.py on the
+    shipped digits only. Its features take the place of Inception's."""
 
     name = "digits classifier"
 
@@ -247,13 +252,12 @@ class DigitsClassifier(nn.Module):
         self.fc = nn.Linear(64, 10)
 
     def forward(self, images):
-        """uint8 (B, 3, 28, 28), the three channels alike -> pooled (B, 64), the penultimate
-        features; spatial (B, 196), the first 4 channels of `conv4`; logits (B, 10).
-
-        Raises ValueError for another size."""
+        """uint8 (B, 3, 28, 28), three equal channels -> pooled (B, 64), the input of the last
+        layer; spatial (B, 196), the first 4 channels of `conv4`; logits (B, 10). Raises ValueError
+        for another size."""
         if images.shape[2:] != (28, 28):
             H, W = images.shape[2:]
-            raise ValueError(f"the digits classifier sees 28 x 28 images, not {H} x {W}")
+            raise ValueError(f"the digits classifier takes 28 x 28 images, not {H} x {W}")
         x = images[:, :1].to(self.fc.weight.dtype) / 127.5 - 1         # (B,   1, 28, 28)
         x = self.conv3(self.conv2(self.conv1(x)))                      # (B,  32, 14, 14)
         x = self.conv4(x)                                              # (B,  64,  7,  7)
@@ -263,13 +267,13 @@ class DigitsClassifier(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The emoji's own network
+# The network for emoji
 
 
 class EmojiEncoder(nn.Module):
-    """A small CLIP for emoji (Radford et al. 2021): images and captions of hashed words go to one
-    space, where those that belong together are close. Trained by experiments/pretrain.py. Its
-    features stand in for Inception's, its cosines for CLIP's."""
+    """A small CLIP for emoji (Radford et al. 2021), trained by experiments/pretrain.py. It maps
+    images and captions of hashed words into one space, where an image is close to its caption. Its
+    features take the place of Inception's, its cosines the place of CLIP's."""
 
     name = "emoji encoder"
 
@@ -283,14 +287,14 @@ class EmojiEncoder(nn.Module):
         self.image = nn.Linear(96, 64)
         self.word = nn.Linear(128, 256, bias=False)
         self.text = nn.Linear(256, 64)
-        self.log_scale = nn.Parameter(torch.tensor(2.0))  # of the cosines, in training
+        self.log_scale = nn.Parameter(torch.tensor(2.0))  # scales the cosines; used in training
 
     def forward(self, images):
-        """uint8 (B, 3, 32, 32) -> pooled (B, 96), spatial (B, 256), the first 4 channels of
-        `conv4`, and no logits: there are no classes. Raises ValueError for another size."""
+        """uint8 (B, 3, 32, 32) -> pooled (B, 96); spatial (B, 256), the first 4 channels of
+        `conv4`; None, as there are no classes. Raises ValueError for another size."""
         if images.shape[2:] != (32, 32):
             H, W = images.shape[2:]
-            raise ValueError(f"the emoji encoder sees 32 x 32 images, not {H} x {W}")
+            raise ValueError(f"the emoji encoder takes 32 x 32 images, not {H} x {W}")
         x = images.to(self.image.weight.dtype) / 127.5 - 1             # (B,  3, 32, 32)
         x = self.conv3(self.conv2(self.conv1(x)))                      # (B, 48, 16, 16)
         x = self.conv4(x)                                              # (B, 96,  8,  8)
@@ -303,31 +307,34 @@ class EmojiEncoder(nn.Module):
         return F.normalize(x, dim=1) if normalize else x
 
     def encode_text(self, words, normalize=True):
-        """Hashed words (B, L, 128), zeros where there is none -> (B, 64), of length 1 if
-        `normalize`: the mean over the words of what each contributes."""
-        count = words.abs().sum(2).gt(0).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+        """Hashed words (B, L, 128), zeros beyond the last word -> (B, 64), of length 1 if
+        `normalize`."""
+        count = words.abs().sum(2).gt(0).sum(1, keepdim=True).clamp(min=1)  # words: (B, 1)
+        # `word` has no bias, so the places beyond the last word add nothing to the mean.
         x = self.text(F.relu(self.word(words)).sum(1) / count)
         return F.normalize(x, dim=1) if normalize else x
 
 
 # ------------------------------------------------------------------------------------------------
-# By name
+# Networks by name
 
 
 def read_weights(path, network):
-    """The weights in a file, for `load_state_dict`. Batch normalisation's counters, which only some
-    files hold and nothing here uses, stay the network's own. Raises as `checkpoint` does."""
+    """Reads a file of weights -> a state dict for `network`. The counters of batch normalisation,
+    which nothing here uses, are the network's own: not every file has them. Raises as
+    `checkpoint.read` and `checkpoint.fitted` do."""
     state = checkpoint.read(path)
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("batches_tracked")}
     return checkpoint.fitted(state | counters, network, path)
 
 
 def load(name, weights=None, device="cpu", resize="tf1"):
-    """A feature network, ready for use: `inception` (`weights` or pytorch-fid's, downloaded on
-    first use), `digits` or `emoji` (shipped). `resize` is Inception's preprocessing.
+    """A feature network by name, frozen and in eval mode: inception, digits or emoji. `weights` is
+    a file to use in place of the usual one: pytorch-fid's for inception, downloaded on first use;
+    the shipped files for the others. `resize` is Inception's preprocessing.
 
-    Raises ValueError for an unknown name or weights that do not fit, ConnectionError if they
-    cannot be downloaded, FileNotFoundError.
+    Raises ValueError for an unknown name or weights that do not fit; FileNotFoundError or
+    ConnectionError if there are no weights.
     """
     if name == "inception":
         network = Inception(resize)
@@ -342,25 +349,20 @@ def load(name, weights=None, device="cpu", resize="tf1"):
         raise ValueError(f"unknown features {name}: use inception, digits or emoji")
     network.load_state_dict(read_weights(weights, network))
     network.eval().requires_grad_(False).to(device)
-    return network.to(memory_format=torch.channels_last)  # 1.4 x the speed on a CPU
+    return network.to(memory_format=torch.channels_last)  # on a CPU 1.4 times as fast
 
 
 def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
-    """A CLIP network of open_clip, its preprocessing of Pillow images and its tokenizer.
-    `pretrained` is a tag of open_clip's, downloaded on first use, or a file (OpenAI's weights from
-    a file need a model whose name ends in -quickgelu). The model `emoji` is the shipped encoder.
+    """A CLIP network of open_clip by name -> the network, its preprocessing of Pillow images, its
+    tokenizer. `pretrained` is a tag of open_clip, whose weights are downloaded on first use, or a
+    file. (OpenAI's weights from a file need a model whose name ends in -quickgelu.) The model
+    emoji is the shipped encoder.
 
-    Raises ValueError for an unknown name or a file that is no such CLIP, ConnectionError if the
-    weights cannot be downloaded.
+    Raises ValueError for an unknown name or a file without weights of this model, ConnectionError
+    if the weights cannot be downloaded.
     """
     if model == "emoji":
-        def tokenizer(prompts):
-            return text.hashed_words(prompts)[0]  # (B, 12, 128)
-
-        def preprocess(image):
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 32, 32)
-
-        return load("emoji", device=device), preprocess, tokenizer
+        return load("emoji", device=device), preprocess_emoji, tokenize_emoji
     try:
         import open_clip  # takes seconds, and only the CLIP score needs it
     except (ImportError, RuntimeError) as error:
@@ -378,7 +380,7 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
         network, _, preprocess = open_clip.create_model_and_transforms(
             model, pretrained, force_quick_gelu=quick_gelu
         )
-    except Exception as error:  # of many kinds, for a damaged file as for no network
+    except Exception as error:  # of many kinds, for a damaged file as for a missing network
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if Path(pretrained).is_file():
             raise ValueError(f"{pretrained} holds no weights of {model}: {reason}") from error
@@ -386,3 +388,13 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
                               "it where there is a network, and give its file") from error
     network.eval().requires_grad_(False).to(device)
     return network, preprocess, open_clip.get_tokenizer(model)
+
+
+def preprocess_emoji(image):
+    """A Pillow image of 32 x 32 pixels -> uint8 (3, 32, 32)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def tokenize_emoji(prompts):
+    """B prompts -> hashed words (B, 12, 128)."""
+    return text.hashed_words(prompts)[0]

@@ -1,12 +1,12 @@
-"""How good are these images? FID, sFID, Inception score, precision and recall, CLIP score, as the
-ADM evaluator defines them (Dhariwal and Nichol 2021, appendix), from readable code.
+"""How good are these images? FID, sFID, Inception score, precision and recall, as the ADM evaluator
+defines them (Dhariwal and Nichol 2021, appendix), and the CLIP score, in readable code.
 
     python sample.py --num-samples 2000 --batch-size 200 --out samples.npz
     python metrics.py samples.npz                    # against the shipped digits
     python metrics.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python metrics.py pictures/ --captions prompts.txt --metrics clip
 
-Letters: N images, D features of the pooled layer, S of the spatial one, k neighbours.
+Notation: N images, M reference images, D pooled and S spatial features of an image, k neighbours.
 """
 
 if __name__ == "__main__":
@@ -42,28 +42,29 @@ class Moments:
     """Mean and covariance of a stream of vectors, float64 (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self):
-        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0  # scatter = sum (x - mean) (x - mean)^T
 
     def add(self, x):
-        """x (B, D), one more batch."""
+        """Adds a batch x (B, D)."""
         x = x.double()
         B, mean = len(x), x.mean(0)
         centred, delta = x - mean, mean - self.mean
         self.scatter = self.scatter + centred.T @ centred
+        # The two scatters are about two means: this term moves both to the common mean.
         self.scatter += torch.outer(delta, delta) * (self.n * B / (self.n + B))
         self.mean = self.mean + delta * (B / (self.n + B))
         self.n += B
 
     @property
     def covariance(self):
-        """(D, D), divided by N - 1."""
+        """(D, D), divided by n - 1."""
         return self.scatter / (self.n - 1)
 
 
 def square_root(sigma):
-    """A (D, rank) with sigma = A A^T, for a covariance matrix (D, D). Eigenvalues that are zero up
-    to rounding are left out: with fewer images than features most are."""
-    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+    """A covariance matrix sigma (D, D) -> A (D, rank) with sigma = A A^T. Eigenvalues that are zero
+    up to rounding are left out; with fewer images than features most are zero."""
+    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)  # rounding breaks the symmetry
     kept = values > values[-1].abs() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -74,23 +75,20 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         d^2 = |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr (sigma1 sigma2)^(1/2)
 
     With sigma1 = A A^T and sigma2 = B B^T the eigenvalues of sigma1 sigma2 are the squared singular
-    values of A^T B, so the last trace is the sum of those: stable for singular matrices, where a
-    matrix square root needs a ridge. mu (D,), sigma (D, D), arrays or tensors -> float.
-
-    Raises ValueError for other shapes, or values that are not finite.
+    values of A^T B, so the last trace is the sum of these singular values: stable for singular
+    matrices, where a matrix square root needs a multiple of I added. mu (D,), sigma (D, D), arrays
+    or tensors -> float. Raises ValueError for other shapes and for values that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (
-        torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)
-    )
-    D = len(mu1)
-    shapes = [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
+    tensors = [torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = tensors
+    D, shapes = len(mu1), [tuple(x.shape) for x in tensors]
     if shapes != [(D,), (D, D)] * 2:
         raise ValueError(f"means and covariances of shapes {shapes} do not go together")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("means and covariances must be finite: were the images?")
+    if not all(x.isfinite().all() for x in tensors):
+        raise ValueError("means and covariances must be finite: were the features?")
     cross = torch.linalg.svdvals(square_root(sigma1).T @ square_root(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return distance.clamp(min=0).item()
+    return distance.clamp(min=0).item()  # equal Gaussians: rounding may leave less than 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,13 +98,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, split_size=5000):
     """exp E_x KL(p(y|x) || p(y)), the mean over splits (Salimans et al. 2016, section 4).
 
-    logits (N, classes), in the order of the images; p(y) is the mean within a split of
-    `split_size` images, of which the last may be smaller, as in the ADM evaluator -> float.
+    logits (N, classes), in the order of the images -> float. p(y) is the mean over a split of
+    `split_size` images; the last split may be smaller, as in the ADM evaluator.
     """
     scores = []
     for part in logits.double().split(split_size):
         log_p = part.log_softmax(1)
         p = log_p.exp()
+        # A class that no image has adds 0 to the sum; unclamped, it would add 0 * inf = NaN.
         log_mean = p.mean(0, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny).log()
         scores.append((p * (log_p - log_mean)).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
@@ -115,12 +114,12 @@ def inception_score(logits, split_size=5000):
 # ------------------------------------------------------------------------------------------------
 # Precision and recall
 
-BLOCK = 2**26  # distances held at once: 256 MB
+BLOCK = 2**26  # distances in memory at a time: 256 MB
 
 
 @contextlib.contextmanager
 def full_precision():
-    """No TF32 in here: its 10 bits are too few for distances."""
+    """Switches TF32 off inside the block: its 10 bits of mantissa are too few for distances."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -132,8 +131,9 @@ def full_precision():
 
 
 def blocks(a, b):
-    """|a_i - b_j|^2 in blocks of rows: yields the rows' slice and (rows, M), for a (N, D) and
-    b (M, D), both centred near zero, or |a|^2 + |b|^2 - 2 a.b loses digits."""
+    """|a_i - b_j|^2 = |a_i|^2 + |b_j|^2 - 2 a_i b_j for a (N, D) and b (M, D), by blocks of rows:
+    yields the rows' slice and (rows, M). Both must be centred near zero: far from it, large numbers
+    nearly cancel."""
     b_norm = b.square().sum(1)
     rows = max(1, BLOCK // len(b))
     for first in range(0, len(a), rows):
@@ -143,7 +143,7 @@ def blocks(a, b):
 
 
 def neighbour_radii(x, k):
-    """The squared distance from each of x (N, D) to its k-th nearest other: (N,)."""
+    """x (N, D) -> the squared distance from each to its k-th nearest neighbour (N,)."""
     radii = torch.empty(len(x), dtype=x.dtype, device=x.device)
     for rows, squared in blocks(x, x):
         radii[rows] = squared.topk(k + 1, largest=False).values[:, k]  # the nearest is itself
@@ -151,12 +151,12 @@ def neighbour_radii(x, k):
 
 
 def precision_recall(samples, reference, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 to 3): the share of
-    samples that lie within the manifold of the reference, and of reference images within that of
-    the samples. A manifold is the union of balls about its images, each as wide as the distance to
-    the k-th nearest other.
+    """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 to 3).
 
-    samples (N, D), reference (M, D) -> two floats. Raises ValueError for k or fewer images.
+    Precision is the share of samples inside the reference's manifold; recall the share of reference
+    images inside the samples' manifold. A manifold is the union of one ball per image, its radius
+    the distance to the k-th nearest image of the same set. samples (N, D), reference (M, D) -> two
+    floats. Raises ValueError for k or fewer images.
     """
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"{k} nearest neighbours need more than {k} images")
@@ -174,8 +174,8 @@ def precision_recall(samples, reference, k=3):
 
 def nearest_distance(samples, reference):
     """Does a model only memorise? The mean distance from a sample to the nearest reference image,
-    and, to compare, from a reference image to the nearest other one. Copies have 0 for the first;
-    fresh images have about the second. samples (N, D), reference (M, D) -> two floats."""
+    and, to compare, from a reference image to the nearest other one. For copies the first is 0; for
+    new images both are about equal. samples (N, D), reference (M, D) -> two floats."""
     with full_precision():
         centre = reference.mean(0)
         samples, reference = samples - centre, reference - centre
@@ -184,14 +184,14 @@ def nearest_distance(samples, reference):
 
 
 # ------------------------------------------------------------------------------------------------
-# CLIP score, and the error of one image to another
+# CLIP score; the error between pairs of images
 
 
 @torch.no_grad()
 def clip_score(images, prompts, clip, batch_size=64):
     """100 max(cos(image, prompt), 0), the mean over pairs (Hessel et al. 2021, equation 1, with
-    100 for its weight). images are N arrays uint8 (H, W, 3), prompts N strings, clip is what
-    `features.load_clip` gives -> float. Raises ValueError if the numbers differ."""
+    weight 100). images: N arrays uint8 (H, W, 3); prompts: N strings; clip: the result of
+    `features.load_clip` -> float. Raises ValueError if there are not as many prompts as images."""
     network, preprocess, tokenizer = clip
     device = next(network.parameters()).device
     pairs = zip(images, prompts, strict=True)
@@ -200,20 +200,17 @@ def clip_score(images, prompts, clip, batch_size=64):
         while batch := list(itertools.islice(pairs, batch_size)):
             pixels = torch.stack([preprocess(Image.fromarray(image)) for image, _ in batch])
             tokens = tokenizer([prompt for _, prompt in batch])
-            image = network.encode_image(pixels.to(device), normalize=True)  # (B, D), length 1
-            text = network.encode_text(tokens.to(device), normalize=True)
+            image = network.encode_image(pixels.to(device), normalize=True)  # (B, D) of length 1
+            text = network.encode_text(tokens.to(device), normalize=True)  # the same
             scores.append(100 * (image * text).sum(1).clamp(min=0).double().cpu())
             bar.update(len(batch))
     return torch.cat(scores).mean().item()
 
 
 def paired_error(images, uncached):
-    """How far images are from the ones made from the same noise without a cache: the mean squared
-    error of pixels in [-1, 1], and SSIM (Wang et al. 2004, equation 13: Gaussian window of
-    11 x 11 with deviation 1.5, K1 = 0.01, K2 = 0.03), the mean over pixels whose window is whole.
-
-    Both uint8 (N, H, W, 3) -> two floats. Raises ValueError for unequal shapes or sides below 11.
-    """
+    """How far images are from those made without a cache from the same noise: the mean squared
+    error of pixels in [-1, 1], and the mean SSIM. Both uint8 (N, H, W, 3) -> two floats. Raises
+    ValueError for unequal shapes or sides below 11."""
     if images.shape != uncached.shape or min(images.shape[1:3]) < 11:
         raise ValueError(f"cannot pair images of {images.shape} and {uncached.shape}: shapes must "
                          "be equal, and sides 11 pixels or more")
@@ -226,11 +223,13 @@ def paired_error(images, uncached):
 
 
 def similarity(x, y):
-    """SSIM of two images (H, W, C) in [-1, 1], so with a range of 2."""
+    """SSIM of two images (H, W, C) in [-1, 1] (Wang et al. 2004, equation 13): Gaussian window of
+    11 x 11 pixels, standard deviation 1.5, K1 = 0.01, K2 = 0.03. The mean is over the pixels whose
+    window lies inside the image."""
     def window(values):
-        return gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)[5:-5, 5:-5]
+        return gaussian_filter(values, (1.5, 1.5, 0), truncate=3.5)[5:-5, 5:-5]  # (H-10, W-10, C)
 
-    C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K L)^2 with the range of the pixels L = 2
     mean_x, mean_y = window(x), window(y)
     var_x, var_y = window(x * x) - mean_x**2, window(y * y) - mean_y**2
     cov = window(x * y) - mean_x * mean_y
@@ -239,25 +238,23 @@ def similarity(x, y):
 
 
 # ------------------------------------------------------------------------------------------------
-# What a network saw in a set of images
+# Statistics: the features of a set of images
 
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SHIPPED_STATISTICS = {  # (source, network): file
-    ("digits", "digits classifier"): CHECKPOINTS / "digits_statistics.npz",
-    ("digits-held-out", "digits classifier"): CHECKPOINTS / "digits_held_out_statistics.npz",
+    ("digits", "digits classifier"): features.SHIPPED / "digits_statistics.npz",
+    ("digits-held-out", "digits classifier"): features.SHIPPED / "digits_held_out_statistics.npz",
 }
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "pooled", "logits")
-ADM_NETWORK = "Inception 2015-12-05, resize tf1"  # what a reference without a name was made with
+ADM_NETWORK = "Inception 2015-12-05, resize tf1"  # ADM's files do not name their network
 
 
 @dataclasses.dataclass
 class Statistics:
-    """Means and covariances of the pooled and the spatial features; and, where they are known, the
-    features of the single images, which precision, recall and the Inception score need."""
+    """Means and covariances of the pooled and of the spatial features. Where they are known, also
+    the features of the single images: precision, recall and the Inception score need them."""
 
     network: str  # the name of the feature network
-    images: int | None  # None: the file does not tell
+    count: int | None  # of images; None: the file does not say
     mu: torch.Tensor  # (D,) float64
     sigma: torch.Tensor  # (D, D)
     mu_s: torch.Tensor  # (S,)
@@ -267,20 +264,20 @@ class Statistics:
 
 
 @torch.no_grad()
-def extract(source, network, batch_size=64, words="features"):
+def extract(source, network, batch_size=64, title="features"):
     """Runs all images of `source` (see `pictures.read`) through a feature network -> Statistics.
 
-    Images are streamed; what is kept is the features, 12 KB an image for Inception.
-    Raises ValueError for fewer than two images, and as `pictures.read` does.
+    Only the features stay in memory: 12 KB an image for Inception. `title` names the source on the
+    progress bar. Raises ValueError for fewer than two images, and as `pictures.read` does.
     """
     total, images = pictures.read(source)
     if total < 2:
-        raise ValueError(f"{total} images in {words}: statistics need two or more")
+        raise ValueError(f"{total} images in {title}: statistics need two or more")
     device = next(network.parameters()).device
     moments, spatial_moments, kept = Moments(), Moments(), []
     with full_precision():
-        for batch in pictures.batches(images, total, batch_size, words):
-            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)
+        for batch in pictures.batches(images, total, batch_size, title):
+            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)  # (B, 3, H, W)
             pooled, spatial, logits = (x if x is None else x.float().cpu() for x in network(pixels))
             moments.add(pooled)
             spatial_moments.add(spatial)
@@ -292,137 +289,135 @@ def extract(source, network, batch_size=64, words="features"):
 
 
 def save_statistics(path, statistics):
-    """Writes an npz as the ADM evaluator's references are, with `network`, `images`, `pooled`
-    and `logits` besides."""
+    """Writes an npz that the ADM evaluator can read, with `network`, `images` (their number),
+    `pooled` and `logits` besides."""
     arrays = {key: getattr(statistics, key) for key in ARRAYS}
     arrays = {key: array.numpy() for key, array in arrays.items() if array is not None}
     with command.replacing(path) as temporary:
-        np.savez_compressed(
-            temporary, network=statistics.network, images=statistics.images, **arrays
-        )
+        np.savez_compressed(temporary, network=statistics.network, images=statistics.count,
+                            **arrays)
 
 
 def load_statistics(path):
-    """Statistics from an npz that `save_statistics` or ADM's authors wrote; None if it holds images
-    only. Raises ValueError if it is damaged."""
+    """Reads an npz of `save_statistics` or of ADM's authors -> Statistics, or None if it has images
+    only. Raises ValueError if it is damaged or incomplete."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole npz of statistics, nor any npz file")
+        raise ValueError(f"{path} is not an npz file, or not a whole one")
     try:
         with np.load(path, allow_pickle=False) as data:
             if "mu" not in data:
                 return None
             arrays = {key: torch.from_numpy(data[key]) for key in ARRAYS if key in data}
             network = str(data["network"]) if "network" in data else ADM_NETWORK
-            images = int(data["images"]) if "images" in data else None
+            count = int(data["images"]) if "images" in data else None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a whole npz of statistics: {error}") from error
     missing = [key for key in ARRAYS[:4] if key not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return Statistics(network, images, **arrays)
+    return Statistics(network, count, **arrays)
 
 
-def statistics_of(source, network, batch_size=64, words="features"):
-    """Statistics of a set of images, or the ones that a file holds. Where the file has images
-    beside them, as ADM's references do, the features of these are kept too.
-
-    Raises ValueError if the file's statistics are of another network, and as `extract` does.
-    """
+def statistics_of(source, network, batch_size=64, title="features"):
+    """Statistics of a set of images: passed on, if `source` is Statistics; read, if there is a file
+    of them; else from `extract`. Raises ValueError if the file's are of another network, and as
+    `extract` does."""
+    if isinstance(source, Statistics):
+        return source
     if not isinstance(source, str | Path):
-        return extract(source, network, batch_size, words)
+        return extract(source, network, batch_size, title)
     path = Path(SHIPPED_STATISTICS.get((str(source), network.name), source))
     known = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
     if known is None:
-        return extract(source, network, batch_size, words)
+        return extract(source, network, batch_size, title)
     if known.network != network.name:
         raise ValueError(f"{path} holds statistics of another network: of {known.network}, not of "
                          f"{network.name}; see --features and --resize")
     with zipfile.ZipFile(path) as archive:
         has_images = "arr_0.npy" in archive.namelist()
-    if has_images:
-        seen = extract(path, network, batch_size, words)
+    if has_images:  # ADM's references: 10,000 images beside the statistics of a whole data set
+        seen = extract(path, network, batch_size, title)
         known = dataclasses.replace(known, pooled=seen.pooled, logits=seen.logits)
     return known
 
 
 # ------------------------------------------------------------------------------------------------
-# All of them
+# All metrics of one set against another
 
-
-METRICS = {  # name: (as it is printed, what is better)
+METRICS = {  # name: (title in the table, which values are better)
     "fid": ("FID", "lower"),
     "sfid": ("sFID", "lower"),
     "is": ("Inception score", "higher"),
     "precision": ("precision", "higher"),
     "recall": ("recall", "higher"),
-    "nearest": ("nearest distance", "near"),
+    "nearest": ("nearest distance", "near"),  # near that of the reference images
     "clip": ("CLIP score", "higher"),
 }
 
 
-def compare(samples, reference, metrics=None, device="cpu"):
-    """The metrics, by name, of one set's Statistics against another's; by default all but clip
-    that the two allow. Raises ValueError for one that they do not.
-
-    `nearest` comes with `nearest_reference`, the second value of `nearest_distance`.
-    """
-    if samples.network != reference.network:
-        raise ValueError(f"features of {samples.network} and of {reference.network} are not to be "
-                         "compared")
-    pairs = samples.pooled is not None and reference.pooled is not None
-    pairs = pairs and min(len(samples.pooled), len(reference.pooled)) > 3
+def choose_metrics(samples, reference, names=None):
+    """`names`, by default all that the Statistics suffice for. Raises ValueError for others."""
     allowed = ["fid", "sfid"]
     allowed += ["is"] if samples.logits is not None else []
-    allowed += ["precision", "recall", "nearest"] if pairs else []
-    metrics = allowed if metrics is None else metrics
-    for name in metrics:
+    if all(x.pooled is not None and len(x.pooled) > 3 for x in (samples, reference)):
+        allowed += ["precision", "recall", "nearest"]
+    names = allowed if names is None else names
+    for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name}: use {', '.join(METRICS)}")
         if name not in allowed:
-            more = ", and a network that tells classes" if name == "is" else ", more than 3 of them"
-            raise ValueError(f"{name} needs the images, not statistics only{more}")
-    values = {}
+            needs = {"is": "images, not only statistics, and a network that predicts classes",
+                     "clip": "captions: use clip_score"}
+            images = "more than 3 images in each set, not only statistics"
+            raise ValueError(f"{name} needs {needs.get(name, images)}")
+    return names
+
+
+def compare(samples, reference, metrics=None, device="cpu"):
+    """The metrics of one set's Statistics against another's: {name: float}. `metrics` are their
+    names, by default all that the two suffice for. `nearest` comes with `nearest_reference`, the
+    second value of `nearest_distance`. Raises ValueError for Statistics of two networks, and for
+    metrics that need more than them, as clip does."""
+    if samples.network != reference.network:
+        raise ValueError(f"features of {samples.network} and of {reference.network} cannot be "
+                         "compared")
+    metrics = choose_metrics(samples, reference, metrics)
+    values, a, b = {}, samples, reference
     if "fid" in metrics:
-        values["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+        values["fid"] = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     if "sfid" in metrics:
-        values["sfid"] = frechet_distance(
-            samples.mu_s, samples.sigma_s, reference.mu_s, reference.sigma_s
-        )
+        values["sfid"] = frechet_distance(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
     if "is" in metrics:
-        values["is"] = inception_score(samples.logits)
+        values["is"] = inception_score(a.logits)
     if not {"precision", "recall", "nearest"}.isdisjoint(metrics):
-        pooled = samples.pooled.to(device), reference.pooled.to(device)
+        pooled = a.pooled.to(device), b.pooled.to(device)
     if not {"precision", "recall"}.isdisjoint(metrics):
         values["precision"], values["recall"] = precision_recall(*pooled)
     if "nearest" in metrics:
         values["nearest"], values["nearest_reference"] = nearest_distance(*pooled)
     return {name: value for name, value in values.items()
-            if name in metrics or name == "nearest_reference"}
+            if name in (*metrics, "nearest_reference")}  # not the recall that precision came with
 
 
-def evaluate(images, reference="digits", metrics=None, network=None, batch_size=64):
-    """The metrics of images against a reference, by name (see `compare`).
+def evaluate(samples, reference="digits", metrics=None, network=None, batch_size=64):
+    """The metrics of a set of images against a reference, as `compare` returns them.
 
-    Both are anything that `pictures.read` takes, an npz of statistics, or Statistics (so that a
-    reference is made once for many sets); `network` is a feature network (by default the
-    reference's usual one). The CLIP score has a function of its own, `clip_score`, and so has the
-    error to the images of the same noise without a cache, `paired_error`.
-    Raises ValueError, FileNotFoundError, ConnectionError, with one line that says what to do.
-    """
+    Both sets are anything that `pictures.read` takes, an npz of statistics, or Statistics (so that
+    one reference serves for many sets). `network` is a feature network, by default the usual one of
+    the reference. `clip_score` and `paired_error` are separate, as they need more than features.
+    Raises ValueError, FileNotFoundError or ConnectionError, with one line that says what to do."""
     if network is None:
         network = features.load(usual_features(reference))
-    samples, reference = (
-        source if isinstance(source, Statistics) else statistics_of(source, network, batch_size)
-        for source in (images, reference)
-    )
+    samples = statistics_of(samples, network, batch_size, "samples")
+    reference = statistics_of(reference, network, batch_size, "reference")
     return compare(samples, reference, metrics, next(network.parameters()).device)
 
 
 def usual_features(reference):
-    """The network for a reference: for a data set of ours its own, for statistics theirs, else
-    Inception."""
+    """The feature network for a reference, by name: that of a shipped data set, that of statistics,
+    else inception."""
     if isinstance(reference, str) and reference in pictures.NAMED:
-        return reference.split("-")[0]
+        return reference.split("-")[0]  # digits-held-out: digits
     if isinstance(reference, str | Path) and Path(reference).suffix == ".npz":
         reference = load_statistics(reference) if Path(reference).is_file() else None
     name = reference.network if isinstance(reference, Statistics) else ""
@@ -433,16 +428,51 @@ def usual_features(reference):
 # The command
 
 
-def read_captions(path, total):
-    """One caption a line, in the order of the images. Raises ValueError if the numbers differ."""
-    captions = shipped.read_lines(path)
-    if len(captions) != total or not total:
-        raise ValueError(f"{path} has {len(captions)} captions for {total} images")
-    return captions
+def read_arguments():
+    """The flags, `metrics` as a list of names or None for all that are possible. What can be found
+    wrong before any work is done is found here: raises ValueError, or OSError."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", help="a folder of images, an npz file, or digits, emoji, ...")
+    parser.add_argument("--reference", default="digits", help="what the samples are compared with, "
+                        "given in the same ways, or an npz of statistics (digits)")
+    parser.add_argument("--metrics", help=f"a list of {','.join(METRICS)}; default: all possible")
+    parser.add_argument("--features", help="inception, digits or emoji (as the reference needs)")
+    parser.add_argument("--weights", help="Inception's weights, if not pytorch-fid's")
+    parser.add_argument("--resize", default="tf1", choices=["tf1", "pytorch-fid"],
+                        help="Inception's preprocessing (tf1)")
+    parser.add_argument("--captions", help="a file with one caption a line, in the order of the "
+                        "images' names, sorted as text (007.png before 010.png)")
+    parser.add_argument("--clip-model", default="ViT-B-32",
+                        help="a model of open_clip, or emoji for the shipped encoder (ViT-B-32)")
+    parser.add_argument("--clip-pretrained", default="openai", help="tag or file of its weights")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--save-stats", type=Path, help="write the samples' statistics, an npz")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        raise ValueError("--batch-size must be 1 or more")
+    if args.metrics is not None:
+        args.metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
+        unknown = [name for name in args.metrics if name not in METRICS]
+        if unknown or not args.metrics:
+            raise ValueError(f"unknown metric {', '.join(unknown)}: use {', '.join(METRICS)}")
+        if ("clip" in args.metrics) != bool(args.captions):
+            raise ValueError("the CLIP score and --captions FILE go together")
+    if args.save_stats:
+        if args.save_stats.suffix != ".npz":
+            raise ValueError(f"--save-stats takes a name that ends in .npz, not {args.save_stats}")
+        command.check_writable(args.save_stats)
+    args.device = models.find_device(args.device)
+    for source in (args.samples, *([args.reference] if args.metrics != ["clip"] else [])):
+        if not (source.endswith(".npz") and Path(source).is_file() and load_statistics(source)):
+            pictures.read(source)
+    return args
 
 
 def table(values, networks):
-    """The terminal's table: a metric, its value, what is better and by which network."""
+    """The table of the terminal, one line a metric: value, which values are better, network."""
     lines = [f"{'metric':17}{'value':>9}  {'better':11}  network"]
     for name, value in values.items():
         if name in METRICS:
@@ -454,80 +484,45 @@ def table(values, networks):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("samples", help="a folder of images, an npz, or digits-held-out and such")
-    parser.add_argument("--reference", default="digits", help="the same (default: digits)")
-    parser.add_argument("--metrics", help=f"some of {','.join(METRICS)}; default: all that can be")
-    parser.add_argument("--features", help="inception, digits or emoji (as the reference needs)")
-    parser.add_argument("--weights", help="Inception's weights, if not pytorch-fid's")
-    parser.add_argument("--resize", default="tf1", choices=["tf1", "pytorch-fid"],
-                        help="Inception's (tf1)")
-    parser.add_argument("--captions", help="a caption a line, in the order of the images' names, "
-                        "sorted as text (007.png before 010.png)")
-    parser.add_argument("--clip-model", default="ViT-B-32",
-                        help="of open_clip, or emoji, the shipped one (ViT-B-32)")
-    parser.add_argument("--clip-pretrained", default="openai", help="its weights' tag (openai)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--save-stats", type=Path, help="write the samples' statistics, an npz")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        raise ValueError("--batch-size must be 1 or more")
+    args = read_arguments()
     names = args.metrics
-    if names is not None:
-        names = [name.strip() for name in args.metrics.split(",") if name.strip()]
-        unknown = [name for name in names if name not in METRICS]
-        if unknown or not names:
-            raise ValueError(f"unknown metric {', '.join(unknown)}: use {', '.join(METRICS)}")
-    if names is not None and ("clip" in names) != bool(args.captions):
-        raise ValueError("the CLIP score and --captions FILE go together")
-    if args.save_stats:
-        if args.save_stats.suffix != ".npz":
-            raise ValueError(f"--save-stats takes a name that ends in .npz, not {args.save_stats}")
-        command.check_writable(args.save_stats)
-    device = models.find_device(args.device)
-    # What can be found wrong before the work is found now.
-    for source in (args.samples, *([args.reference] if names != ["clip"] else [])):
-        if not (source.endswith(".npz") and Path(source).is_file() and load_statistics(source)):
-            pictures.read(source)
-    if args.captions:
+    if args.captions:  # before the long work, as a mistake in the captions shows here
         total, images = pictures.read(args.samples)
-        captions = read_captions(args.captions, total)
-        clip = features.load_clip(args.clip_model, args.clip_pretrained, device)
+        captions = shipped.read_lines(args.captions)
+        if len(captions) != total or not total:
+            raise ValueError(f"{args.captions} has {len(captions)} captions for {total} images")
+        clip = features.load_clip(args.clip_model, args.clip_pretrained, args.device)
 
-    values, networks, counts = {}, {}, {}
+    values, networks, sizes = {}, {}, {}
     if names != ["clip"]:
         kind = args.features or usual_features(args.reference)
-        network = features.load(kind, args.weights, device, args.resize)
+        network = features.load(kind, args.weights, args.device, args.resize)
         samples = statistics_of(args.samples, network, args.batch_size, "samples")
         if args.save_stats:
             save_statistics(args.save_stats, samples)
         reference = statistics_of(args.reference, network, args.batch_size, "reference")
         names = names and [name for name in names if name != "clip"]
-        values = compare(samples, reference, names, device)
+        values = evaluate(samples, reference, names, network)
         networks = dict.fromkeys(values, network.name)
-        counts = {"images": samples.images, "reference": args.reference,
-                  "reference_images": reference.images}
-        if samples.images and samples.images <= len(samples.mu):
-            print(f"note: {samples.images} images span fewer than the {len(samples.mu)} features; "
+        sizes = {"images": samples.count, "reference": args.reference,
+                 "reference_images": reference.count}
+        if samples.count and samples.count <= len(samples.mu):
+            print(f"note: {samples.count} images span fewer than the {len(samples.mu)} features; "
                   "FID is biased upwards, compare it at equal numbers only", file=sys.stderr)
     if args.captions:
         values["clip"] = clip_score(images, captions, clip, args.batch_size)
         networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
         if args.clip_model == "emoji":
             networks["clip"] = clip[0].name
-        counts = {"images": total, **counts}
+        sizes = {"images": total, **sizes}
 
     if args.json:
-        about = {"samples": args.samples, **counts, "values": values, "networks": networks}
+        about = {"samples": args.samples, **sizes, "values": values, "networks": networks}
         print(json.dumps(about))
-        return
-    words = ", ".join(f"{key.replace('_', ' ')} {'unknown' if value is None else value}"
-                      for key, value in counts.items())
-    print(f"{words}\n{table(values, networks)}")
+    else:
+        print(", ".join(f"{key.replace('_', ' ')} {'unknown' if value is None else value}"
+                        for key, value in sizes.items()))
+        print(table(values, networks))
 
 
 if __name__ == "__main__":

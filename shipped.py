@@ -1,7 +1,10 @@
-"""The small real data sets that the repository ships (`data/README.md` has their sources).
+"""The small real data sets in this repository (`data/README.md` has their sources).
 
     images, labels = shipped.digits("train")         # uint8 (4000, 1, 28, 28) and (4000,)
     images, captions = shipped.emoji()               # uint8 (1026, 3, 32, 32) and 1,026 strings
+    prompts = shipped.read_prompts()                 # 124 strings
+
+Notation: N images of a set.
 """
 
 import unicodedata
@@ -17,17 +20,18 @@ PARTS = ("all", "train", "held-out")
 
 
 def held_out(labels, fold=0):
-    """Which digits to hold out: 100 of each class, of its 500 the last (fold 0, which every
-    shipped network keeps to), the last but one (fold 1), ... labels (N,) -> bool (N,)."""
-    rank = torch.zeros_like(labels)  # an image's place within its class
+    """Which digits are held out from training: labels (N,) -> bool (N,). Fold 0 holds out the last
+    100 of the 500 of each class, fold 1 the 100 before them, and so on. Every shipped network was
+    trained with fold 0 held out."""
+    rank = torch.zeros_like(labels)  # the place of an image within its class
     for label in range(10):
         rank[labels == label] = torch.arange((labels == label).sum())
     return (rank >= 400 - 100 * fold) & (rank < 500 - 100 * fold)
 
 
 def digits(part="all"):
-    """MNIST digits: `all` 5,000, the 4,000 to `train` with, or the 1,000 `held-out` ones.
-    -> images uint8 (N, 1, 28, 28), 0 is background, and labels int64 (N,)."""
+    """MNIST digits: all 5,000, the 4,000 to train with, or the 1,000 held-out ones -> images uint8
+    (N, 1, 28, 28), 0 is background, and labels int64 (N,). Raises ValueError for another part."""
     if part not in PARTS:
         raise ValueError(f"unknown part {part}: use {', '.join(PARTS)}")
     with np.load(DATA / "digits28.npz") as data:
@@ -40,18 +44,20 @@ def digits(part="all"):
 
 
 def emoji(every=False):
-    """The emoji that the small text-to-image model is to know, all but flags, symbols, components
-    and people; with `every` these too, behind the others. -> images uint8 (1026 or 1911, 3, 32, 32)
-    and as many captions, a list."""
+    """The 1,026 emoji that the small text-to-image model has learned: all but flags, symbols,
+    components and people. With `every` these 885 follow. -> images uint8 (N, 3, 32, 32), white is
+    background, and a list of N captions."""
     with np.load(DATA / "emoji32.npz") as data:
         other = np.isin(data["categories"], ("Flags", "Symbols", "Component", "People & Body"))
+        # A stable sort of False and True: the learned ones first, each group in the file's order.
         order = np.argsort(other, kind="stable")[: None if every else (~other).sum()]
         images, captions = data["images"][order], data["captions"][order].tolist()
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions
 
 
 def emoji_prompts():
-    """The captions of those, shuffled once and for all: the first of them are nobody's choice."""
+    """The 1,026 captions of `emoji()`, in a fixed random order, so that the first few are not
+    picked by anyone."""
     _, captions = emoji()
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
     return [captions[j] for j in order]
@@ -65,7 +71,7 @@ def read_lines(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error.reason}") from error
     lines = [one_line(line) for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
+    return lines[:-1] if lines[-1] == "" else lines  # no line follows the last line break
 
 
 def one_line(text):
@@ -74,8 +80,8 @@ def one_line(text):
 
 
 def read_prompts(path=DATA / "prompts.txt"):
-    """A file of prompts, one a line, without the blank ones: -> a list. Raises ValueError if there
-    is none in it, and as `read_lines` does."""
+    """A file with one prompt a line -> the list of the lines that are not blank. Raises ValueError
+    if there is none, and as `read_lines` does."""
     prompts = [line for line in read_lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one a line")

@@ -1,19 +1,19 @@
-"""Text: a prompt becomes caption features, one vector a token, that PixArt's cross-attention reads
+"""Text: a prompt becomes caption features, one vector a token, which PixArt's cross-attention reads
 (Chen et al. 2023, "PixArt-alpha", https://arxiv.org/abs/2310.00426, section 2.3).
-
-The official models read the T5 v1.1 XXL encoder (Raffel et al. 2020,
-https://arxiv.org/abs/1910.10683), here through the library transformers. It is 4.7 B parameters, so
-prompts are encoded first, kept in a file, and the encoder is freed; a prompt that the file has
-needs neither T5 nor transformers.
-
-    features, mask = text.encode(["a red apple"], file="captions.safetensors")  # (1, 120, 4096)
 
 The small model's features need no weights: every word is a fixed pseudo-random vector, the same on
 every machine.
 
     features, mask = text.hashed_words(["a red apple", ""])  # (2, 12, 128), (2, 12)
 
-Letters: B prompts, L tokens at most, n tokens of one prompt, C channels of a token.
+The official models use the encoder of T5 v1.1 XXL (Raffel et al. 2020,
+https://arxiv.org/abs/1910.10683), here through the library transformers. It has 4.7 B parameters.
+So all prompts are encoded first, their features are kept in a file, and the encoder is freed. A
+prompt that is in the file needs neither T5 nor transformers.
+
+    features, mask = text.encode(["a red apple"], file="captions.safetensors")  # (1, 120, 4096)
+
+Notation: B prompts, L tokens at most, n tokens of one prompt, C channels of a token.
 """
 
 import hashlib
@@ -35,26 +35,18 @@ from tqdm import tqdm
 
 import command
 
-T5_XXL = "DeepFloyd/t5-v1_1-xxl"
-
-
-def warn_of_cut(prompt, tokens, cut):
-    """Warns that a prompt has more than `tokens` tokens, and that `cut` is lost."""
-    start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
-    warnings.warn(f'prompt "{start}" is over {tokens} tokens, cut: "{cut}"', stacklevel=3)
-
-
 # ------------------------------------------------------------------------------------------------
 # Hashed words
 
 
 def hashed_words(prompts, tokens=12, channels=128):
-    """Each lower-cased word is one token; anything but a letter or a digit ends a word.
+    """A list of B prompts -> features (B, tokens, channels) float32 and mask (B, tokens) bool, True
+    for a word; the rest of the features is 0.
 
-    A list of B prompts -> features (B, tokens, channels) float32 and mask (B, tokens) bool, True
-    for a word; the rest is zeros. An empty prompt has no words: its mask is all False, which stands
-    for the null caption. Words beyond `tokens` are cut, and a warning says which. A word's place
-    leaves no trace in its vector: to cross-attention such a caption is a set of words.
+    Each word is one token. Words are lower-cased; anything but a letter or a digit ends a word. The
+    vector of a word does not depend on its place, so for cross-attention the caption is a set of
+    words. An empty prompt has no words: its mask is all False, which means the null caption. Words
+    beyond `tokens` are cut, with a warning.
     """
     features = np.zeros((len(prompts), tokens, channels), np.float32)
     mask = np.zeros((len(prompts), tokens), bool)
@@ -69,22 +61,31 @@ def hashed_words(prompts, tokens=12, channels=128):
 
 
 def word_vector(word, channels):
-    """A word -> its vector (channels,): float32 N(0, 1) numbers from numpy's Philox generator, the
-    key being the first 16 bytes of the word's SHA-256 as two little-endian numbers."""
+    """A word -> its vector (channels,): float32 N(0, 1) numbers from numpy's Philox generator. Its
+    key is the first 16 bytes of the word's SHA-256, read as two little-endian numbers."""
+    # Python's own hash() differs from process to process; SHA-256 is the same everywhere.
     key = np.frombuffer(hashlib.sha256(word.encode()).digest()[:16], "<u8")
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(channels, np.float32)
 
 
+def warn_of_cut(prompt, tokens, cut):
+    """Warns that a prompt has more than `tokens` tokens and that its end, `cut`, is ignored."""
+    start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
+    warnings.warn(f'prompt "{start}" is over {tokens} tokens, cut: "{cut}"', stacklevel=3)
+
+
 # ------------------------------------------------------------------------------------------------
-# T5
+# T5 features
+
+T5_XXL = "DeepFloyd/t5-v1_1-xxl"
 
 
 def encode(prompts, model=T5_XXL, max_length=120, device=None, dtype=None, file=None, clean=False):
-    """T5 features of B prompts, in their order: features (B, L, C) float32 and mask (B, L) bool,
-    True for a token; the rest is zeros. L is `max_length`, C is 4096 for the XXL encoder.
+    """T5 features of B prompts, in their order -> features (B, L, C) float32 and mask (B, L) bool,
+    True for a token; the rest of the features is 0. L is `max_length`; C is 4096 for T5 XXL.
 
-    The mask of an empty prompt is all False, which stands for the null caption. Arguments, errors
-    and warnings are those of `encode_each`.
+    The mask of an empty prompt is all False, which means the null caption. Arguments, errors and
+    warnings are those of `encode_each`.
     """
     each = encode_each(prompts, model, max_length, device, dtype, file, clean)
     features = torch.zeros(len(prompts), max_length, each[0].shape[1] if each else 0)  # (B, L, C)
@@ -99,28 +100,27 @@ def encode(prompts, model=T5_XXL, max_length=120, device=None, dtype=None, file=
 def encode_each(
     prompts, model=T5_XXL, max_length=120, device=None, dtype=None, file=None, clean=False
 ):
-    """T5 features of B prompts, in their order, unpadded: a list of B tensors (n, C). Equal prompts
-    are encoded once. For very many prompts: call this once, which fills the file, then `encode` on
-    one batch at a time.
+    """T5 features of B prompts, in their order, without padding -> a list of B tensors (n, C).
+    Equal prompts are encoded once. For very many prompts, call this once, which fills the file, and
+    then `encode` on one batch at a time.
 
-    `model`: a name at Hugging Face or a folder. `max_length`: tokens, 120 for PixArt-alpha, 300 for
-    Sigma, counting the closing </s> that T5 was trained with. `device`: by default cuda if there is
-    one. `dtype`: the encoder's, by default bfloat16 on cuda and float32 on the CPU. `clean`: apply
-    `clean_caption`; without it prompts are only stripped and lower-cased, as in the official code.
-    `file`: a .safetensors file that keeps the features; those of other prompts in it stay, and if
-    the encoding is interrupted, what was done is kept.
+    Args:
+        model: a name at Hugging Face or a folder.
+        max_length: tokens at most, with the closing </s> that T5 was trained with: 120 for
+            PixArt-alpha, 300 for Sigma. The end of a longer prompt is cut, with a warning when it
+            is encoded.
+        device: by default cuda if there is one.
+        dtype: of the encoder, by default bfloat16 on cuda and float32 on the CPU.
+        file: a .safetensors file (see `read_kept`). New features are added to it; if the encoding
+            is interrupted, what was done is kept.
+        clean: apply `clean_caption`. Without it prompts are only stripped and lower-cased, as in
+            the official code.
 
-    In the file a prompt goes by (model, max_length, the text after cleaning). Its real tokens are
-    kept in the encoder's own dtype, so that the next run gets the same bits: with XXL 8,192 bytes
-    a token in bfloat16 (98 kB for a prompt of 12 tokens, against 2 MB for (120, 4096) in float32),
-    twice that in float32.
-
-    A prompt of more tokens is cut, and when it is encoded a warning says what is lost. Raises
-    ValueError if transformers is not installed or `file` is damaged, ConnectionError if there are
-    no weights and no network.
+    Raises ValueError if transformers is not installed or `file` is damaged, ConnectionError if
+    there are no weights and no network.
     """
     texts = [prepare(prompt, clean) for prompt in prompts]
-    keys = [json.dumps([str(model), max_length, text], ensure_ascii=False) for text in texts]
+    keys = [key_of(model, max_length, text) for text in texts]
     kept = read_kept(file, keys) if file else {}
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in kept}
     if missing:
@@ -131,7 +131,7 @@ def encode_each(
         try:
             for key, features in zip(missing, encoded, strict=True):
                 new[key] = features
-        finally:
+        finally:  # after an interruption too
             if file and new:
                 append_kept(file, new)
         kept.update(new)
@@ -140,12 +140,12 @@ def encode_each(
 
 @torch.no_grad()
 def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=None):
-    """T5's features of the empty prompt at all its L places, padding included: (L, C).
+    """T5 features of the empty prompt at all L places, padding included -> (L, C).
 
-    It is what PixArt-Sigma takes for no caption, and what weights in the layout of diffusers, which
-    hold no null caption, need. Arguments, file and errors are those of `encode_each`.
+    PixArt-Sigma uses them for "no caption". So do weights in the layout of diffusers, which hold no
+    null caption. Arguments, file and errors are those of `encode_each`.
     """
-    key = json.dumps([str(model), max_length, None])
+    key = key_of(model, max_length, None)
     kept = read_kept(file, [key]) if file else {}
     if key in kept:
         return kept[key]
@@ -162,73 +162,50 @@ def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=Non
 
 
 def prepare(prompt, clean):
-    """What T5 is given of a prompt."""
+    """A prompt -> the text that the tokenizer gets."""
     return clean_caption(prompt) if clean else prompt.lower().strip()
-
-
-def read_kept(file, keys):
-    """The features in `file` of those `keys` that it has: {key: (n, C)}."""
-    if not Path(file).exists():
-        return {}
-    try:
-        with safe_open(file, framework="pt") as kept:
-            return {key: kept.get_tensor(key) for key in set(keys) & set(kept.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole file of caption features: {error}") from error
-
-
-def append_kept(file, new):
-    """Adds features {key: (n, C)} to `file`, which is replaced at once and whole."""
-    old = load_file(file) if Path(file).exists() else {}
-    with command.replacing(file) as temporary:
-        save_file({**old, **new}, temporary)
 
 
 @torch.no_grad()
 def run_t5(texts, model, max_length, device=None, dtype=None, batch_size=8):
-    """Yields each text's features (n, C), on the CPU, in the encoder's dtype."""
+    """Yields the features (n, C) of each text, on the CPU, in the encoder's dtype."""
     tokenizer, encoder, device = place_t5(model, device, dtype)
     for first in tqdm(range(0, len(texts), batch_size), "T5", unit="batch", disable=None):
         tokens = [tokenize(tokenizer, t, max_length) for t in texts[first : first + batch_size]]
         lengths = [len(ids) for ids in tokens]
         # Padded to the longest of the batch, not to L: on a CPU 120 tokens take ten times as long.
-        # What the padding holds is no matter, as no token attends to it.
+        # The value of the padding does not matter, as the mask hides it from every token.
         ids = pad_sequence(tokens, batch_first=True).to(device)  # (batch, longest)
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
         features = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.cpu()
         for row, n in zip(features, lengths, strict=True):  # row (longest, C)
-            yield row[:n].clone()
-    del encoder
+            yield row[:n].clone()  # a view would keep the whole batch in memory
+    del encoder  # now, so that the line below finds its memory free
     free_memory(device)
 
 
 def tokenize(tokenizer, text, max_length):
-    """Text -> token numbers (n,) with the closing </s>; n is `max_length` at most."""
+    """A text -> token numbers (n,) with the closing </s>, n at most `max_length`."""
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) > max_length:
         warn_of_cut(text, max_length, tokenizer.decode(ids[max_length - 1 : -1]))
-        ids = ids[: max_length - 1] + ids[-1:]
+        ids = ids[: max_length - 1] + ids[-1:]  # the closing </s> stays
     return torch.tensor(ids)
 
 
 def place_t5(model, device, dtype):
-    """-> the tokenizer, the encoder on its device, and the device; defaults as in `encode_each`."""
+    """-> the tokenizer, the encoder on its device, the device. Defaults are those of
+    `encode_each`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     usual = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokenizer, encoder = load_t5(model, dtype or usual)
     return tokenizer, encoder.eval().to(device), device
 
 
-def free_memory(device):
-    """Gives a GPU back what a tensor that is gone has left reserved."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def load_t5(model, dtype):
     """-> the tokenizer and the encoder. Raises ValueError or ConnectionError, see `encode_each`."""
     try:
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import AutoTokenizer, T5EncoderModel  # takes seconds
     except ImportError as error:
         raise ValueError(
             "new prompts for this model need the T5 encoder: "
@@ -237,27 +214,70 @@ def load_t5(model, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         return tokenizer, T5EncoderModel.from_pretrained(model, dtype=dtype)
-    except Exception as error:  # the library raises many kinds, and what it says is many lines
+    except Exception as error:  # the library raises many kinds, some with many lines
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConnectionError(
             f"could not load the text encoder {model} ({reason}): with a network it is downloaded "
-            "on first use; without, give a folder that holds it, or a file of kept features that "
-            "has these prompts"
+            "on first use; without one, give a folder that holds it, or a file of kept features "
+            "with these prompts"
         ) from error
+
+
+def free_memory(device):
+    """Returns the memory of deleted tensors to the GPU; torch would keep it for itself."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------
+# The file of kept features
+#
+# A .safetensors file with one tensor (n, C) a prompt: the features of its real tokens, in the
+# encoder's dtype, so that the next run gets the same bits. With T5 XXL a token takes 8,192 bytes in
+# bfloat16, twice that in float32: 98 kB for a prompt of 12 tokens in bfloat16, where (120, 4096) in
+# float32 would take 2 MB.
+
+
+def key_of(model, max_length, text):
+    """The name of a prompt's features in the file. `text` is the prompt after `prepare`; None means
+    the null caption with its padding."""
+    return json.dumps([str(model), max_length, text], ensure_ascii=False)
+
+
+def read_kept(file, keys):
+    """The features in `file` of those `keys` that it has: {key: (n, C)}. Raises ValueError if the
+    file is damaged."""
+    if not Path(file).exists():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as kept:  # reads only the tensors asked for
+            return {key: kept.get_tensor(key) for key in set(keys) & set(kept.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole file of caption features: {error}") from error
+
+
+def append_kept(file, new):
+    """Adds features {key: (n, C)} to `file`. It is written anew and replaced at once, so an
+    interruption loses nothing."""
+    old = load_file(file) if Path(file).exists() else {}
+    with command.replacing(file) as temporary:
+        save_file({**old, **new}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------
 # Caption cleaning
+#
+# Regular expressions and what replaces them, in the order and with the effect of the official code.
 
 ADDRESSES = [
-    # https: and www: with what follows at once, and names like example.com/page
+    # https: and www: with the character after them, and names like example.com/page
     (r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])"
      r"|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
 ]  # fmt: skip
 SYMBOLS = [
     (r"@\w+\b", ""),  # nicknames
     (r"[\u31c0-\u9fff]+", ""),  # Chinese characters and their neighbours, Katakana extensions
-    # every dash that Unicode has, and every quotation mark, to the one on the keyboard
+    # every dash of Unicode, and every quotation mark, becomes the one of the keyboard
     (r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
      r"\ufe31\ufe32\ufe58\ufe63\uff0d]+", "-"),
     ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
@@ -265,7 +285,7 @@ SYMBOLS = [
     (r"&quot;?|&amp", ""),
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
     (r"\d:\d\d\s+$", ""),  # a time at the end
-    (r"\\n", " "),  # a line break spelt out
+    (r"\\n", " "),  # a line break written as two characters
     (r"#\d{1,3}\b|#\d{5,}\b", ""),
     (r"\b\d{6,}\b", ""),  # long numbers
     (r"\S+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),  # file names
@@ -297,14 +317,15 @@ ADVERTISING = [
 
 
 def clean_caption(caption):
-    """What captions from the web went through before T5 in DeepFloyd IF and in PixArt's training:
-    addresses, markup, file names, article numbers and advertising go; lower case; one kind of dash
-    and quotation mark. As officially, it is applied twice.
+    """Cleans a caption from the web as DeepFloyd IF and PixArt's training did before T5. Addresses,
+    markup, file names, article numbers and advertising are removed; letters become lower-case;
+    dashes and quotation marks are of one kind.
 
-    Two steps there use other libraries. Markup is dropped by Python's own HTML parser. Text of a
-    wrong encoding (which ftfy repairs there) stays as it is, but for composing letters and accents.
+    Two steps of the official code use libraries that are not needed here. Instead of BeautifulSoup,
+    Python's own HTML parser removes the markup. ftfy repairs text of a wrong encoding; here such
+    text stays, and only letters and their accents are composed.
     """
-    for _ in range(2):
+    for _ in range(2):  # twice, as in the official code: what one pass uncovers, the next removes
         caption = urllib.parse.unquote_plus(caption).strip().lower()
         caption = substitute(caption.replace("<person>", "person"), ADDRESSES)
         caption = substitute(without_markup(caption), SYMBOLS)
@@ -317,14 +338,14 @@ def clean_caption(caption):
 
 
 def substitute(caption, rules):
-    """Applies (pattern, replacement) one after another."""
+    """Applies a list of (pattern, replacement), one after another."""
     for pattern, replacement in rules:
         caption = re.sub(pattern, replacement, caption)
     return caption
 
 
 def without_markup(caption):
-    """The text between HTML tags, its character references resolved."""
+    """The text between HTML tags; character references such as &amp; become characters."""
     pieces = []
     parser = HTMLParser()
     parser.handle_data = pieces.append

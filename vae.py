@@ -2,20 +2,20 @@
 (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 https://arxiv.org/abs/2112.10752, section 3.1 and appendix G).
 
-DiT and PixArt denoise these latents; the decoder alone is needed to look at what they made. Every
-autoencoder of the family has this architecture, and only its weights and its scale differ: a
-diffusion model works on `scale * latent`, which has a deviation of about 1. The scale is not in the
-weights, so it belongs to the diffusion model: 0.18215 for `sd-vae-ft-ema` and `-mse` (DiT, PixArt
-alpha), 0.13025 for `sdxl-vae` (PixArt Sigma).
+DiT and PixArt denoise these latents, and the decoder turns them into images. The autoencoders of
+this family share one architecture; only the weights and the scale differ. A diffusion model works
+on `scale * latent`, which has a standard deviation of about 1. The scale is not in the weights, so
+it belongs to the diffusion model: 0.18215 for `sd-vae-ft-ema` and `-mse` (DiT, PixArt-alpha),
+0.13025 for `sdxl-vae` (PixArt-Sigma).
 
     import vae
     network = vae.Autoencoder().requires_grad_(False)            # 83.7 M parameters
     network.load_state_dict(vae.read_weights("diffusion_pytorch_model.safetensors", network))
-    pictures = network.decode(latents / 0.18215)
+    images = network.decode(latents / 0.18215)
 
-In float16 the SDXL weights overflow to NaN: take bfloat16 or float32.
+In float16 the SDXL weights overflow to NaN: use bfloat16 or float32.
 
-Letters: B images, C channels, H and W sides in latents or, times 8, in pixels, N = H W tokens.
+Notation: B images, C channels, H and W sides in latents (8 H and 8 W in pixels), N = H W tokens.
 """
 
 import math
@@ -36,12 +36,12 @@ def group_norm(channels):
 
 
 def norm_silu(norm, x):
-    """Norm, then SiLU in place: a second tensor of that size would set the peak of the memory."""
+    """Norm, then SiLU in place: a second tensor of this size would raise the peak of memory."""
     return F.silu(norm(x), inplace=True)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut: (B, C_in, H, W) -> (B, C, H, W)."""
+    """Two convolutions and a shortcut: (B, C_in, H, W) -> (B, C, H, W)."""
 
     def __init__(self, in_channels, channels):
         super().__init__()
@@ -62,7 +62,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over all places of the picture: (B, C, H, W) -> the same."""
+    """Self-attention with one head over all places of the image: (B, C, H, W) -> the same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))  # the files say "to_out.0"
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
@@ -80,7 +80,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The smallest resolution, where every place sees every other: (B, C, H, W) -> the same."""
+    """The layers at the smallest resolution; attention lets every place see every other one.
+    (B, C, H, W) -> the same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -94,7 +95,8 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the sides, padded at the right and the bottom only: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Halves the sides: (B, C, H, W) -> (B, C, H/2, W/2). The padding is at the right and at the
+    bottom only, as in the official code."""
 
     def __init__(self, channels):
         super().__init__()
@@ -105,7 +107,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the sides, every number repeated and then smoothed: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Doubles the sides, by repetition and then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -116,8 +118,8 @@ class Upsample(nn.Module):
 
 
 def level(in_channels, channels, res_blocks, **resample):
-    """The layers of one resolution, under the names that the checkpoint gives them; `resample` is
-    `downsamplers` or `upsamplers`, a list of none or one."""
+    """The layers of one resolution, named as in the checkpoint. `resample` is `downsamplers` or
+    `upsamplers`, a list of one layer, or of none for the last resolution."""
     inputs = [in_channels] + [channels] * (res_blocks - 1)
     parts = {"resnets": [ResBlock(size, channels) for size in inputs], **resample}
     return nn.ModuleDict({name: nn.ModuleList(layers) for name, layers in parts.items()})
@@ -147,8 +149,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels: (B, C, H, W) -> (B, 3, 8 H, 8 W). One res block a level more than the
-    encoder has, and the levels in the order in which they run, the smallest resolution first."""
+    """Latents to pixels: (B, C, H, W) -> (B, 3, 8 H, 8 W). Each level has one res block more than
+    in the encoder. The levels are in the order in which they run: the smallest resolution first."""
 
     def __init__(self, widths, res_blocks, latent_channels):
         super().__init__()
@@ -174,25 +176,25 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Tiles
 #
-# What a convolution sees beyond a tile's edge is zeros, so tiles overlap, and over the overlap one
-# fades into the other.
+# Beyond a tile's edge a convolution sees only zeros, so a tile is wrong near its edge. Therefore
+# tiles overlap, and over the overlap one fades into the other.
 
-LARGE = 128  # latents: a picture with a side of this or more (1024 pixels) is decoded in tiles
-TILE = 80  # the side of a tile at most; 1024 pixels take 2 x 2 tiles of 72 latents
+LARGE = 128  # latents: an image with a side of this or more (1024 pixels) is decoded in tiles
+TILE = 80  # the largest side of a tile; 1024 pixels take 2 x 2 tiles of 72 latents
 
 
 def cut(length, tile, overlap):
-    """Cuts a side of `length` into as few pieces as can be, equally long, at most `tile`, evenly
-    spread and overlapping by at least `overlap`: -> (length of a piece, where each one starts)."""
+    """Cuts a side of `length` into as few pieces as possible, all equally long, at most `tile`,
+    evenly spread and overlapping by at least `overlap` -> (length of a piece, list of starts)."""
     count = max(1, math.ceil((length - overlap) / (tile - overlap)))
     piece = math.ceil((length + (count - 1) * overlap) / count)
     return piece, [i * (length - piece) // max(1, count - 1) for i in range(count)]
 
 
 def shares(piece, starts, overlap):
-    """The weight of each piece at each of its places: -> (pieces, piece) float64. At every place of
-    the side they add up to 1; a piece alone there has exactly 1."""
-    place = torch.arange(piece, dtype=torch.float64) + 0.5
+    """The weight of each piece at each of its places -> (pieces, piece) float64. At every place of
+    the side the weights add up to 1. Where there is one piece only, its weight is exactly 1."""
+    place = torch.arange(piece, dtype=torch.float64) + 0.5  # the middle of each latent or pixel
     ramp = torch.minimum(place, piece - place).clamp(max=max(overlap, 0.5))
     total = torch.zeros(starts[-1] + piece, dtype=torch.float64)
     for start in starts:
@@ -205,12 +207,16 @@ def shares(piece, starts, overlap):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder. Parameter names are the keys of the diffusers files, as written today.
+    """Encoder and decoder. The parameters have the names that the library diffusers writes today.
 
-    Args: `channels` of the largest resolution; `multipliers` of it, one a resolution, each half as
-        large as the one before; `res_blocks` of each in the encoder; `latent_channels` C.
-    Attribute: `factor`, pixels along a latent's side: 8, for four resolutions.
-    Raises ValueError for widths that the 32 groups of a norm do not divide.
+    Args:
+        channels: width of the largest resolution.
+        multipliers: width of each resolution as a multiple of `channels`. Each resolution has half
+            the sides of the one before it.
+        res_blocks: per resolution of the encoder; the decoder has one more.
+        latent_channels: C.
+    Attribute: `factor`, pixels along the side of a latent; 8 for four resolutions.
+    Raises ValueError for widths that are not multiples of 32, the number of a norm's groups.
     """
 
     def __init__(self, channels=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4):
@@ -225,39 +231,41 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def moments(self, images):
-        """The Gaussian of each image: (B, 3, 8 H, 8 W) in [-1, 1] -> its mean and the logarithm of
-        its variance, each (B, C, H, W). Raises ValueError for sides that are no multiples of 8."""
+        """Images (B, 3, 8 H, 8 W) in [-1, 1] -> mean and logarithm of the variance of each latent's
+        Gaussian, each (B, C, H, W). Raises ValueError for sides that are not multiples of 8."""
         if images.dim() != 4 or images.shape[1] != 3 or any(
             side % self.factor for side in images.shape[2:]
         ):
-            expected = f"(B, 3, H, W), the sides multiples of {self.factor}"
+            expected = f"(B, 3, H, W) with sides that are multiples of {self.factor}"
             raise ValueError(f"encode: images must be {expected}, not {tuple(images.shape)}")
         parameters = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
         mean, log_variance = parameters.to(images.dtype).chunk(2, dim=1)  # (B, 2 C, H, W), halved
-        return mean, log_variance.clamp(-30, 20)
+        return mean, log_variance.clamp(-30, 20)  # the limits of the official code
 
     def encode(self, images, noise=None):
-        """Images (B, 3, 8 H, 8 W) in [-1, 1] -> latents (B, C, H, W), before the scale, in the
-        dtype of `images`: the mean, or with `noise` (B, C, H, W) from N(0, I) a sample.
+        """Images (B, 3, 8 H, 8 W) in [-1, 1] -> latents (B, C, H, W), not yet scaled, in the dtype
+        of `images`: the mean, or a sample if `noise` (B, C, H, W) from N(0, I) is given.
         Raises ValueError like `moments`."""
         mean, log_variance = self.moments(images)
         return mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
 
     def decode(self, latents, slice_size=1, tile=None, overlap=16):
         """Latents (B, C, H, W), divided by the scale -> images (B, 3, 8 H, 8 W) in the dtype of
-        `latents`, in [-1, 1] but for some overshoot.
+        `latents`, in [-1, 1] with some overshoot.
 
-        Beyond the images themselves, memory has a bound (`decode_bytes`), however many and large
-        they are: `slice_size` of them are decoded at a time, and those of 1024 pixels and more in
-        overlapping tiles. Slices change nothing. Tiles do, as norms and attention see only their
-        own tile. On the random weights of tests/test_vae.py, in 2 x 2 tiles, an image is off by 7 %
-        of its norm if the latents are noise and by 21 % if left and right are very unlike, without
-        a seam; tiles that only touch are off by 33 and 47 %, with one. The error on trained weights
-        is not measured here. If there is memory, `tile=max(H, W)` decodes the whole image at once.
+        Beside the images themselves, memory is bounded (`decode_bytes`), however many and large
+        they are: `slice_size` images are decoded at a time, and images of 1024 pixels and more in
+        overlapping tiles. `tile` is the largest side of a tile in latents: by default 80 if a side
+        of the image is 128 or more, else the whole image. Tiles overlap by at least `overlap`
+        latents.
 
-        `tile` is the side of a tile at most, in latents: by default 80 if a side of the image is
-        128 or more, else the whole image. Tiles overlap by at least `overlap` latents.
-        Raises ValueError for another shape, slices of nothing, or tiles that are all overlap.
+        Slices do not change an image. Tiles do, as norms and attention see only their own tile.
+        With the random weights of tests/test_vae.py and 2 x 2 tiles, an image is off by 7 % of its
+        norm if the latents are noise, and by 21 % if left and right are very different; there is no
+        seam. Tiles that only touch are off by 33 and 47 %, with a seam. The error on trained
+        weights is not measured here. With enough memory, `tile=max(H, W)` decodes without tiles.
+
+        Raises ValueError for another shape, slice_size < 1, or an overlap as large as a tile.
         """
         if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
             expected = f"(B, {self.latent_channels}, H, W)"
@@ -267,12 +275,12 @@ class Autoencoder(nn.Module):
         return torch.cat([self._decode(part, rows, columns, overlap) for part in slices])
 
     def decode_bytes(self, height, width, slice_size=1, tile=None, overlap=16):
-        """The memory that `decode` needs at its peak, by calculation, for latents (B, C, height,
-        width): bytes beside weights, latents and images.
+        """The calculated peak of `decode`'s memory for latents (B, C, height, width): bytes beside
+        weights, latents and images.
 
-        The peak is the first res block at full resolution: its input, the norm of that, and what
-        the convolution makes of it; (256 + 256 + 128) numbers a pixel at the official size.
-        Not counted is what the library that convolves takes for itself. Raises ValueError like
+        The peak is in the first res block at full resolution: its input, the normed input and the
+        output of the convolution, (256 + 256 + 128) numbers a pixel at the official size. Memory
+        that the convolution library takes for itself is not counted. Raises ValueError like
         `decode`.
         """
         (h, _), (w, _) = self._cuts(height, width, slice_size, tile, overlap)
@@ -281,9 +289,10 @@ class Autoencoder(nn.Module):
         return slice_size * numbers * h * w * self.factor**2 * weight.element_size()
 
     def _cuts(self, height, width, slice_size, tile, overlap):
-        """How `decode` cuts the rows and the columns: -> a result of `cut` for each."""
+        """How `decode` cuts the rows and the columns -> the results of `cut` for both."""
         longest = max(height, width)
         if tile is None:
+            # The second is so large that one tile covers the side, whatever the overlap.
             tile = TILE if longest >= LARGE else longest + overlap + 1
         if slice_size < 1 or not 0 <= overlap < tile:
             raise ValueError(
@@ -293,7 +302,7 @@ class Autoencoder(nn.Module):
         return cut(height, tile, overlap), cut(width, tile, overlap)
 
     def _decode(self, latents, rows, columns, overlap):
-        """One slice, tile by tile, where the rows and columns of latents are cut."""
+        """Decodes one slice tile by tile; `rows` and `columns` are results of `cut`."""
         B, _, H, W = latents.shape
         f, (h, tops), (w, lefts) = self.factor, rows, columns
         z = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
@@ -303,7 +312,7 @@ class Autoencoder(nn.Module):
         for top, row_share in zip(tops, row_shares, strict=True):
             for left, column_share in zip(lefts, column_shares, strict=True):
                 tile = self.decoder(z[:, :, top : top + h, left : left + w])  # (B, 3, f h, f w)
-                tile = row_share[:, None] * column_share * tile.to(images.dtype)
+                tile = row_share[:, None] * column_share * tile.to(images.dtype)  # fades at edges
                 images[:, :, f * top : f * (top + h), f * left : f * (left + w)] += tile
         return images
 
@@ -313,9 +322,9 @@ class Autoencoder(nn.Module):
 
 
 def our_name(key, levels):
-    """The name here of a parameter whose key comes from a diffusers file, of today or early (such
-    as `sd-vae-ft-ema`), or from a Stable Diffusion file, which numbers the decoder's `levels`
-    from the largest resolution on."""
+    """The key of a parameter in a file -> its name here. The file is from diffusers, of today or of
+    2022 (such as `sd-vae-ft-ema`), or from Stable Diffusion. The latter numbers the decoder's
+    `levels` from the largest resolution on, so their order is reversed."""
     names = {
         # early diffusers
         ".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0.",
@@ -341,12 +350,12 @@ def our_name(key, levels):
 
 
 def read_weights(path, network):
-    """Reads a checkpoint for `network`, `.safetensors` or torch's own format, in any layout that
-    `our_name` knows. -> a state dict with exactly the network's keys and shapes.
+    """Reads a checkpoint in `.safetensors` or torch's own format, in any layout that `our_name`
+    knows -> a state dict with exactly the keys and shapes of `network`.
 
-    From a whole Stable Diffusion it takes the `first_stage_model`; what training left in a file
-    (`loss.`, `model_ema.`) is passed over. Raises FileNotFoundError, or ValueError with the keys
-    that are missing, unexpected, there twice or misshapen (the first five of them).
+    From a file of the whole Stable Diffusion model it takes the part `first_stage_model`. It skips
+    what training left in a file (`loss.`, `model_ema.`). Raises FileNotFoundError, or ValueError
+    that names the first five keys that are missing, unexpected, doubled or of another shape.
     """
     state, part = checkpoint.read(path), "first_stage_model."
     state = {key.removeprefix(part): state[key] for key in state if key.startswith(part)} or state

@@ -1,12 +1,15 @@
-"""How the shipped networks were made, from the shipped images.
+"""Trains the shipped networks from the shipped images.
 
     python -m experiments.pretrain                    # the digits DiT, on 4,000 digits
     python -m experiments.pretrain --model digits-classifier    # and the statistics for FID
     python -m experiments.pretrain --model emoji --compile      # the emoji PixArt
     python -m experiments.pretrain --model emoji-encoder
 
-The DiT's training is its paper's (section 3; the loss is IDDPM's). Interrupt a run at any time; the
-same command with --resume goes on to the bitwise same weights (with --compile that is not tested).
+The DiT is trained as in its paper (Peebles and Xie 2023, section 3), with the loss of IDDPM (Nichol
+and Dhariwal 2021). A run may be interrupted at any time. The same command with --resume then
+continues it and ends with bitwise the same weights (not tested with --compile).
+
+Notation: B images of a batch, N of the data set, C channels, M caption tokens.
 """
 
 if __name__ == "__main__":
@@ -36,7 +39,7 @@ from samplers import DDPM
 
 SAVE_EVERY = 200  # steps
 DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
-SETTINGS = {  # EMA 0 is no average
+SETTINGS = {  # the defaults of each model; ema=0.0 means no averaging of the weights
     "digits": dict(steps=8000, batch_size=64, lr=2e-3, ema=0.999),
     "digits-classifier": dict(steps=2000, batch_size=64, lr=3e-3, ema=0.0),
     "emoji": dict(steps=9000, batch_size=32, lr=1.5e-3, ema=0.999),
@@ -50,21 +53,24 @@ OUT = {
 }
 
 # ------------------------------------------------------------------------------------------------
-# One training for all of them
+# The training loop that all of them share
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over 100 steps, then a cosine to zero."""
+    """The learning rate of a step: a linear warm-up over 100 steps times a cosine down to zero."""
     return peak * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def fit(network, loss, args, state_path, bfloat16=False):
-    """Trains `network` by AdamW on loss(generator, step), a dict of terms to be added, saving the
-    state every SAVE_EVERY steps. -> the network with averaged weights, and the hours it took."""
+    """Trains `network` with AdamW; loss(generator, step) returns a dict of terms to add up. Saves
+    the state every SAVE_EVERY steps and, with args.resume, continues from it.
+
+    -> a copy of the network with averaged weights, in eval mode, and the hours that training took.
+    Raises ValueError for a state of other settings and for a loss that is not finite.
+    """
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
-    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
-    settings |= {"network": type(network).__name__, "compile": args.compile}
+    settings = used_settings(args) | {"network": type(network).__name__, "compile": args.compile}
     first, seconds = 0, 0.0
     command.check_writable(state_path)
     if args.resume and Path(state_path).exists():
@@ -74,34 +80,17 @@ def fit(network, loss, args, state_path, bfloat16=False):
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        # bfloat16 as before: this machine may find the other dtype faster.
         first, seconds, bfloat16 = state["step"], state["seconds"], state["bfloat16"]
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=None)
-    running = {}
+    running = {}  # moving averages of the terms, for the bar
     for step in bar:
         start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        # Every step seeds its own generator: nothing about randomness has to be saved.
-        generator = torch.Generator().manual_seed((args.seed * 1_000_000_007 + step) % 2**63)
-        # The fused CPU attention is slow on 49 tokens, above all backwards.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            terms = loss(generator, step)
-        total = sum(terms.values())
-        if not math.isfinite(total.item()):
-            raise ValueError(f"the loss is not finite at step {step}: start again, lower --lr")
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            weight = 1 - min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-            for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
-                mine.copy_(theirs)
-
+        terms = optimize(network, optimizer, loss, step, args, bfloat16)
+        update_average(average, network, step, args.ema)
         seconds += time.perf_counter() - start
         for key, term in terms.items():
             running[key] = 0.99 * running.get(key, term.item()) + 0.01 * term.item()
@@ -115,10 +104,44 @@ def fit(network, loss, args, state_path, bfloat16=False):
     return average.eval(), seconds / 3600
 
 
+def used_settings(args):
+    """The flags on which the weights depend: a dict."""
+    return {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
+
+
+def optimize(network, optimizer, loss, step, args, bfloat16):
+    """One optimiser step -> the terms of the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.steps, args.lr)
+    # Every step seeds its own generator, so no state of a generator has to be saved.
+    generator = torch.Generator().manual_seed((args.seed * 1_000_000_007 + step) % 2**63)
+    # The fused CPU attention is slow for 49 tokens, above all in the backward pass.
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        terms = loss(generator, step)
+    total = sum(terms.values())
+    if not math.isfinite(total.item()):
+        raise ValueError(f"the loss is not finite at step {step}: start again with a lower --lr")
+    optimizer.zero_grad()
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    return terms
+
+
+@torch.no_grad()
+def update_average(average, network, step, decay):
+    """Moves the averaged weights towards the network's: average = decay average + (1 - decay) new.
+    In the first steps the decay is smaller, so that the random initialisation is soon forgotten."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+    # The statistics of batch normalisation are averages already.
+    for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
 def save_weights(path, network, args, dtype=torch.float32, **about):
-    """Writes a network's weights, with how they were made as the file's metadata."""
-    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "lr", "ema", "seed")}
-    metadata = {key: str(value) for key, value in (settings | about).items()}
+    """Writes a network's weights as `dtype`, with the settings and `about` as metadata."""
+    metadata = {key: str(value) for key, value in (used_settings(args) | about).items()}
     state = {key: value.to(dtype) for key, value in network.state_dict().items()}
     with command.replacing(path) as temporary:
         temporary.write_bytes(save(state, metadata))
@@ -130,12 +153,12 @@ def save_weights(path, network, args, dtype=torch.float32, **about):
 
 
 def bfloat16_is_faster():
-    """Whether bfloat16 multiplies matrices of this training's shape faster than float32. A CPU with
-    instructions for it gains about 2 x; one without loses more than 10 x."""
+    """Measures whether bfloat16 multiplies matrices of this training's shapes faster than float32.
+    A CPU with instructions for it is about 2 x as fast; one without is more than 10 x as slow."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(3136, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)
-        a @ b
+        a @ b  # the first product also sets up the library, so it is not timed
         start = time.perf_counter()
         for _ in range(3):
             a @ b
@@ -144,32 +167,35 @@ def bfloat16_is_faster():
 
 
 def training_loss(network, schedule, images, labels, generator, of_v=False):
-    """IDDPM's hybrid loss on one batch: mean w (eps - eps_theta)^2, plus the KL divergence (bits)
-    of each pixel's learned p(x' | x) from q(x' | x, x_0), which trains the variance only.
+    """The two terms of IDDPM's hybrid loss (Nichol and Dhariwal 2021, section 3.1) on one batch.
 
-    w is 1, or 1 / alpha_bar, which makes the first term the squared error of v = sqrt(alpha_bar)
-    eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, appendix D).
+    The first is mean w (eps - eps_theta)^2. w is 1; with `of_v` it is 1 / alpha_bar, and the term
+    becomes the squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho
+    2022, appendix D). The second is the mean KL divergence of a pixel's learned p(x' | x) from
+    q(x' | x, x_0), in bits. It trains the variance only. images (B, C, H, W) in [-1, 1], labels
+    (B,) -> two numbers.
     """
     B = len(images)
-    i = torch.randint(len(schedule.timesteps), (B,), generator=generator)  # executed order
+    i = torch.randint(len(schedule.timesteps), (B,), generator=generator)  # steps as executed
     noise = torch.randn(images.shape, generator=generator)
     dropped = torch.rand(B, generator=generator) < DROP_LABEL
     labels = torch.where(dropped, network.num_classes, labels)
 
-    def at(table):  # the coefficients of step i, one an image: (B, 1, 1, 1)
+    def at(table):  # the coefficient of each image's step: (B, 1, 1, 1)
         return torch.from_numpy(table).float()[i][:, None, None, None]
 
     a = at(schedule.alpha_bar)
-    x = a.sqrt() * images + (1 - a).sqrt() * noise
-    t = torch.tensor(schedule.timesteps)[i]
-    eps, variance = network(x, t, labels).float().chunk(2, dim=1)
+    x = a.sqrt() * images + (1 - a).sqrt() * noise  # (B, C, H, W)
+    t = torch.tensor(schedule.timesteps)[i]  # (B,)
+    eps, variance = network(x, t, labels).float().chunk(2, dim=1)  # each (B, C, H, W)
 
-    # KL between two Gaussians whose means differ by from_x0 (x_0 - predicted x_0)
+    # KL between two Gaussians whose means differ by from_x0 (x_0 - predicted x_0). eps is detached:
+    # as in IDDPM, this term trains the variance only.
     x0 = (x - (1 - a).sqrt() * eps.detach()) / a.sqrt()
     from_x0 = at(np.sqrt(schedule.alpha_bar_next) * schedule.beta / (1 - schedule.alpha_bar))
-    v = (variance + 1) / 2
+    share = (variance + 1) / 2  # log_p lies between two bounds (IDDPM, equation 15)
     log_q = at(schedule.log_beta_tilde)
-    log_p = v * at(schedule.log_beta) + (1 - v) * log_q
+    log_p = share * at(schedule.log_beta) + (1 - share) * log_q
     distance = (from_x0 * (images - x0)) ** 2
     kl = 0.5 * (log_p - log_q - 1 + torch.exp(log_q - log_p) + distance * torch.exp(-log_p))
     mse = ((eps - noise).square() / (a if of_v else 1)).mean()
@@ -177,7 +203,7 @@ def training_loss(network, schedule, images, labels, generator, of_v=False):
 
 
 def train_digits(args):
-    """The DiT that `--model digits` samples with."""
+    """Trains and saves the DiT of `--model digits`."""
     torch.manual_seed(args.seed)  # for the initialisation only
     network = dit.initialize(dit.DiT(**dit.SIZES["digits"]))
     schedule = DDPM(1000)
@@ -198,31 +224,33 @@ def train_digits(args):
 
 
 def augmented(images, generator):
-    """Images turned by up to 15 degrees, scaled by up to 15 %, sheared by up to 0.2 and shifted by
-    up to 2 pixels. images (B, C, H, W), 0 is background -> the same shape, float."""
+    """Turns each image by up to 15 degrees, scales it by up to 15 %, shears it by up to 0.2 and
+    shifts it by up to 2 pixels. images (B, C, H, W), 0 is background -> the same shape, float."""
     B, _, H, _ = images.shape
-    u = torch.rand(B, 6, generator=generator) * 2 - 1
+    u = torch.rand(B, 6, generator=generator) * 2 - 1  # in [-1, 1]
     angle, scale, shear = 0.26 * u[:, 0], 1 + 0.15 * u[:, 1:3], 0.2 * u[:, 3]
     cos, sin, shift = angle.cos(), angle.sin(), u[:, 4:] * 4 / H
     rows = [
         torch.stack([scale[:, 0] * cos, scale[:, 0] * (shear * cos - sin), shift[:, 0]], 1),
         torch.stack([scale[:, 1] * sin, scale[:, 1] * (shear * sin + cos), shift[:, 1]], 1),
     ]
-    where = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
+    where = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(images.float(), where, align_corners=False)
 
 
 def train_classifier(args):
-    """The network that the digits' metrics look with: three trainings, each with another 1,000
-    digits held out (the accuracy is their mean), of which the first is shipped, with statistics."""
+    """Trains and saves the classifier for the digits' metrics. The accuracy is the mean of three
+    trainings, each with other 1,000 digits held out. The network with fold 0 held out is saved,
+    with its statistics of the digits beside it."""
     images, labels = shipped.digits("all")
     accuracies = []
-    for fold in (2, 1, 0):
+    for fold in (2, 1, 0):  # fold 0 last, so that its network is at hand below
         held_out = shipped.held_out(labels, fold)
         seen, seen_labels = images[~held_out], labels[~held_out]
         torch.manual_seed(args.seed)  # for the initialisation only
         network = features.DigitsClassifier()
 
+        # The defaults bind this fold's values; a closure would look the names up when called.
         def loss(generator, step, network=network, seen=seen, seen_labels=seen_labels):
             batch = torch.randint(len(seen), (args.batch_size,), generator=generator)
             _, _, logits = network(augmented(seen[batch], generator))
@@ -249,40 +277,42 @@ def train_classifier(args):
 
 
 class Captioned:
-    """A PixArt as `training_loss` wants it: asked for labels, which here are the numbers of the
-    captions, and the one after them that of the null caption. In guidance the null caption gets the
-    mask of the caption beside it, so here it is shown with its first 1 to M tokens, in turn."""
+    """A PixArt that takes labels, as `training_loss` calls it. Label j means caption j of
+    `captions`, and the label after the last the null caption. Guidance gives the null caption the
+    mask of the caption beside it, so it has to work at every length: here its first 1 to M tokens
+    are shown in turn."""
 
     def __init__(self, network, captions):
         self.network, self.num_classes = network, len(captions)
         self.features, self.mask = text.hashed_words(captions)  # (N, M, channels), (N, M)
 
     def __call__(self, x, t, labels):
-        null = labels == self.num_classes
+        """x (B, C, H, W), t (B,), labels (B,) -> the network's output (B, 2 C, H, W)."""
+        null = labels == self.num_classes  # (B,)
         caption = torch.where(null, 0, labels)
         M = self.network.model_max_length
-        tokens = torch.arange(M) <= torch.arange(len(labels))[:, None] % M  # (B, M)
+        tokens = torch.arange(M) <= torch.arange(len(labels))[:, None] % M  # (B, M): 1 to M True
         features = self.network.y_embedder.y_embedding
-        y = torch.where(null[:, None, None], features, self.features[caption])
+        y = torch.where(null[:, None, None], features, self.features[caption])  # (B, M, channels)
         return self.network(x, t, y, torch.where(null[:, None], tokens, self.mask[caption]))
 
 
-def epoch_order(step, images, batch, seed):
-    """The images of a step: (batch,). Every image once in each epoch, in an order of its own."""
-    places = torch.arange(step * batch, (step + 1) * batch)
+def epoch_order(step, N, B, seed):
+    """The numbers (B,) of the images of a step. In every epoch each of the N images comes once, in
+    an order that depends only on the seed and the epoch: nothing has to be saved to resume."""
+    places = torch.arange(step * B, (step + 1) * B)  # a step may reach into the next epoch
     chosen = []
-    for epoch in places.div(images, rounding_mode="floor").unique().tolist():
+    for epoch in places.div(N, rounding_mode="floor").unique().tolist():
         number = (seed * 1_000_000_007 + 500_000_003 + epoch) % 2**63
-        generator = torch.Generator().manual_seed(number)
-        order = torch.randperm(images, generator=generator)
-        chosen.append(order[places[places // images == epoch] % images])
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(number))
+        chosen.append(order[places[places // N == epoch] % N])
     return torch.cat(chosen)
 
 
 def train_emoji(args):
-    """The PixArt that `--model emoji` samples with. It is meant to learn 1,026 emoji by heart, so
-    none is held out. What a caption says decides the image while there is hardly anything but noise
-    in it. There the error of eps is tiny, whatever image it belongs to; that of v is not."""
+    """Trains and saves the PixArt of `--model emoji`. It is meant to learn 1,026 emoji by heart, so
+    none is held out. The loss is the error of v: the caption decides the image while x is almost
+    pure noise, and there the error of eps is tiny for any image, but the error of v is not."""
     torch.manual_seed(args.seed)  # for the initialisation and the null caption only
     network = pixart.initialize(pixart.PixArt(**pixart.SIZES["emoji"]))
     schedule = DDPM(1000)
@@ -306,16 +336,17 @@ def train_emoji(args):
 
 
 def contrastive_loss(images, texts, scale):
-    """CLIP's: each image is to find its caption among the batch's, and each caption its image.
-    images and texts (B, D) of length 1 -> a number."""
+    """The loss of CLIP (Radford et al. 2021, figure 3): each image has to find its caption among
+    those of the batch, and each caption its image. Embeddings, images and texts (B, D), of length 1
+    -> a number."""
     logits = scale * images @ texts.T  # (B, B)
-    right = torch.arange(len(logits))
-    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    own = torch.arange(len(logits))  # image i belongs to caption i
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def train_emoji_encoder(args):
-    """The network that the emoji's metrics look with. Every tenth of the 1,026 emoji is held out;
-    it learns from the others and from the 885 that the emoji model leaves out."""
+    """Trains and saves the encoder for the emoji's metrics. Every tenth of the 1,026 emoji is held
+    out. It learns from the others and from the 885 that the emoji model leaves out."""
     images, captions = shipped.emoji(every=True)
     words = text.hashed_words(captions)[0]  # (1911, 12, 128)
     held_out = torch.zeros(len(images), dtype=torch.bool)
@@ -327,15 +358,15 @@ def train_emoji_encoder(args):
     def loss(generator, step):
         batch = torch.randperm(len(seen), generator=generator)[: args.batch_size]
         pixels = 255 - augmented(255 - seen[batch], generator)  # their background is white
-        dropped = torch.rand(len(batch), 12, 1, generator=generator) < 0.2  # of the words
+        dropped = torch.rand(len(batch), 12, 1, generator=generator) < 0.2  # a fifth of the words
         texts = network.encode_text(seen_words[batch] * ~dropped)
-        scale = network.log_scale.exp().clamp(max=100)
+        scale = network.log_scale.exp().clamp(max=100)  # CLIP's limit
         return {"contrastive": contrastive_loss(network.encode_image(pixels), texts, scale)}
 
     average, hours = fit(network, loss, args, args.state)
     with torch.no_grad():
         cosines = average.encode_image(images[held_out]) @ average.encode_text(words[held_out]).T
-    better = (cosines > cosines.diagonal()[:, None]).sum(1)  # captions closer than its own
+    better = (cosines > cosines.diagonal()[:, None]).sum(1)  # captions closer than the image's own
     top1, top5 = (100 * (better < n).double().mean().item() for n in (1, 5))
     retrieval = f"{top1:.1f} % first, {top5:.1f} % among 5, of {len(better)}"
     print(f"held-out images that find their caption: {retrieval}")
@@ -359,19 +390,20 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="digits", choices=TRAIN, help="default: digits")
-    parser.add_argument("--steps", type=int, help="optimiser steps (8000 for the DiT)")
-    parser.add_argument("--batch-size", type=int, help="images a step (64)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (2e-3 for the DiT)")
-    parser.add_argument("--ema", type=float, help="decay of the average (0.999 for the DiT)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (digits: 8000)")
+    parser.add_argument("--batch-size", type=int, help="images a step (digits: 64)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (digits: 2e-3)")
+    parser.add_argument("--ema", type=float,
+                        help="decay of the averaged weights, 0 for no average (digits: 0.999)")
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (0)")
-    parser.add_argument("--out", help="the weights (default: in checkpoints/)")
-    parser.add_argument("--state", help="for --resume (default: in runs/pretrain/)")
+    parser.add_argument("--out", help="file of the weights (default: in checkpoints/)")
+    parser.add_argument("--state", help="file for --resume (default: in runs/pretrain/)")
     parser.add_argument("--compile", action="store_true",
-                        help="fuse the emoji PixArt's operations: 1.3 x the speed, other bits; "
-                             "needs a C++ compiler")
-    parser.add_argument("--resume", action="store_true", help="go on from --state if it is there")
+                        help="fuse the operations of the emoji PixArt: 1.3 x as fast, not bitwise "
+                             "the same weights; needs a C++ compiler")
+    parser.add_argument("--resume", action="store_true", help="continue from --state if it exists")
     args = parser.parse_args()
-    for key, value in SETTINGS[args.model].items():
+    for key, value in SETTINGS[args.model].items():  # defaults that depend on --model
         if getattr(args, key) is None:
             setattr(args, key, value)
     if min(args.steps, args.batch_size) < 1 or args.lr <= 0 or not 0 <= args.ema < 1:

@@ -1,9 +1,10 @@
-"""Lets torchvision be imported, as open_clip and the libraries that we are compared with do.
+"""Makes `import torchvision` work beside the CPU build of PyTorch. open_clip imports it, and so do
+the libraries that this project is compared with.
 
 PyPI's torchvision is compiled against PyTorch's CUDA build. Beside the CPU build its compiled
-operators do not load, and its import fails on the two of them that it wants to know the shapes of.
-Nothing here uses either, so they are declared, without code behind them. Importing this module does
-it; the tests and the benchmarks that compare do so.
+operators do not load, and its import fails at the two whose shapes it registers. Nothing here uses
+these two, so they are declared without code. Importing this module is enough; the tests and the
+benchmarks that compare do so.
 """
 
 import torch

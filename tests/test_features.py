@@ -1,4 +1,4 @@
-"""The feature networks, against pytorch-fid and torch-fidelity with equal random weights."""
+"""The feature networks, against pytorch-fid and torch-fidelity with the same random weights."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import text
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """An Inception with random weights that keep the signal alive, and its weights' file."""
+    """The file of an Inception with random weights, drawn so that activations keep their size."""
     torch.manual_seed(0)
     network = features.Inception()
     for module in network.modules():
@@ -50,8 +50,8 @@ def test_tf1_features_against_torch_fidelity(inception, size):
 
 
 def test_pytorch_fid_features_against_pytorch_fid(inception, monkeypatch):
-    """Its own network and preprocessing; spatial features by a hook on the convolution that the
-    2015 graph calls mixed_6/conv."""
+    """With its network and preprocessing. The spatial features come from a hook on the convolution
+    that the 2015 graph calls mixed_6/conv."""
     monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url",
                         lambda *args, **kwargs: torch.load(inception))
     network = fid_inception_v3().eval()
@@ -87,7 +87,7 @@ def test_tf1_resize_reads_from_the_left_edge():
 @pytest.mark.parametrize("new", (False, True))
 @pytest.mark.parametrize("counters", (False, True))
 def test_weights_load_with_and_without_counters_of_batches(inception, tmp_path, counters, new):
-    """And in the format of torch before 1.6, which pytorch-fid's file may have."""
+    """Also in torch's format before 1.6, which pytorch-fid's file may have."""
     state = torch.load(inception)
     state = {k: v for k, v in state.items() if counters or not k.endswith("batches_tracked")}
     torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
@@ -118,7 +118,7 @@ def test_unknown_names():
         features.Inception("bicubic")
 
 
-def test_the_shipped_classifier_knows_digits_it_has_not_seen():
+def test_the_shipped_classifier_classifies_held_out_digits():
     path = features.SHIPPED / "digits_classifier.safetensors"
     assert path.stat().st_size < 2e6
     network = features.load("digits")
@@ -129,11 +129,11 @@ def test_the_shipped_classifier_knows_digits_it_has_not_seen():
 
 
 def test_the_classifier_refuses_other_sizes():
-    with pytest.raises(ValueError, match="sees 28 x 28 images, not 32 x 32"):
+    with pytest.raises(ValueError, match="takes 28 x 28 images, not 32 x 32"):
         features.load("digits")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_the_shipped_encoder_knows_which_caption_an_emoji_has():
+def test_the_shipped_encoder_finds_the_caption_of_an_emoji():
     path = features.SHIPPED / "emoji_encoder.safetensors"
     assert path.stat().st_size < 2e6
     network, preprocess, tokenizer = features.load_clip("emoji")
@@ -154,5 +154,5 @@ def test_a_captions_length_and_padding_do_not_matter_to_the_encoder():
     short, long = (text.hashed_words(["red apple"], tokens)[0] for tokens in (2, 12))
     assert torch.allclose(network.encode_text(short), network.encode_text(long), atol=1e-6)
     assert network.encode_text(text.hashed_words([""])[0]).isfinite().all()
-    with pytest.raises(ValueError, match="sees 32 x 32 images, not 28 x 28"):
+    with pytest.raises(ValueError, match="takes 32 x 32 images, not 28 x 28"):
         network(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))

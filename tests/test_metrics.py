@@ -1,4 +1,4 @@
-"""Each number against a tool of record or a closed form, and the command."""
+"""Each metric against an independent implementation or a closed form, and the command."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def moments(x):
 # Frechet distance
 
 
-def test_streamed_moments_are_numpys_whatever_the_batches():
+def test_streamed_moments_equal_numpys_for_any_batch_size():
     x = 1000 + normal(500, 7) @ normal(7, 7, seed=1)  # far from zero, where naive sums lose digits
     for size in (1, 64, 500):
         stream = metrics.Moments()
@@ -70,8 +70,8 @@ def test_frechet_distance_in_one_dimension():
 
 @pytest.mark.parametrize(("n", "rel"), ((300, 1e-10), (20, 1e-4)))
 def test_frechet_distance_against_pytorch_fid(n, rel):
-    """With 20 images of 64 features the covariances are singular, and pytorch-fid's root, which
-    squares them first, is the less exact one."""
+    """With 20 images and 64 features the covariances are singular. Then pytorch-fid is the less
+    exact one: it takes the root of their product."""
     first = moments(normal(n, 64) @ normal(64, 64, seed=1))
     second = moments(normal(n, 64, seed=2) + 0.5)
     expected = calculate_frechet_distance(*(x.numpy() for x in (*first, *second)))
@@ -83,7 +83,7 @@ def test_frechet_distance_to_itself_is_zero_with_fewer_images_than_features():
     assert metrics.frechet_distance(mu, sigma, mu, sigma) < 1e-10 * sigma.trace()
 
 
-def test_frechet_distance_refuses_what_does_not_go_together():
+def test_frechet_distance_refuses_unequal_shapes_and_nan():
     with pytest.raises(ValueError, match="do not go together"):
         metrics.frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
     with pytest.raises(ValueError, match="must be finite"):
@@ -102,7 +102,8 @@ def test_inception_score_against_torch_fidelity():
 
 
 def test_inception_score_by_hand():
-    """Certain and even over 5 classes: 5. All alike: 1. The last split is a smaller one."""
+    """Certain predictions, evenly over 5 classes: 5. Equal predictions: 1. The last split is
+    smaller."""
     logits = 1e3 * torch.eye(5).repeat(4, 1)
     assert metrics.inception_score(logits) == pytest.approx(5)
     assert metrics.inception_score(logits[:7], split_size=5) == pytest.approx((5 + 2) / 2)
@@ -112,7 +113,7 @@ def test_inception_score_by_hand():
 @pytest.mark.parametrize("block", (2**26, 3000))
 @pytest.mark.parametrize("k", (1, 3))
 def test_precision_and_recall_against_scipy(monkeypatch, block, k):
-    monkeypatch.setattr(metrics, "BLOCK", block)  # 3000 distances at once: many blocks
+    monkeypatch.setattr(metrics, "BLOCK", block)  # 3000 distances at a time: many blocks
     samples = (5 + normal(300, 8)).float()
     reference = (5.5 + 1.2 * normal(400, 8, seed=1)).float()
     distance = cdist(samples.double(), reference.double())
@@ -126,7 +127,7 @@ def test_precision_and_recall_of_a_set_with_itself_and_with_one_far_away():
     x = normal(100, 5).float()
     assert metrics.precision_recall(x, x) == (1, 1)
     assert metrics.precision_recall(x, x + 1e3) == (0, 0)
-    half = torch.cat([x[:50], x[:50] + 1e3])  # half the samples lost, half the reference unseen
+    half = torch.cat([x[:50], x[:50] + 1e3])  # half the samples far off, half of x not covered
     precision, recall = metrics.precision_recall(half, x)
     assert precision == 0.5 and recall > 0.5
 
@@ -136,12 +137,12 @@ def test_precision_needs_more_images_than_neighbours():
         metrics.precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
 
 
-def test_nearest_distance_tells_copies_from_fresh_images():
-    reference, fresh = normal(300, 6).float(), normal(200, 6, seed=1).float()
+def test_nearest_distance_separates_copies_from_new_images():
+    reference, new = normal(300, 6).float(), normal(200, 6, seed=1).float()
     tree = cKDTree(reference.double())
-    to_reference, among_itself = tree.query(fresh.double())[0], tree.query(reference.double(), 2)[0]
+    to_reference, among_itself = tree.query(new.double())[0], tree.query(reference.double(), 2)[0]
     expected = to_reference.mean(), among_itself[:, 1].mean()
-    assert metrics.nearest_distance(fresh, reference) == pytest.approx(expected, rel=1e-5)
+    assert metrics.nearest_distance(new, reference) == pytest.approx(expected, rel=1e-5)
     assert metrics.nearest_distance(reference[:50], reference)[0] < 0.01
 
 
@@ -158,11 +159,11 @@ def test_distances_do_not_use_tf32():
 
 
 # ------------------------------------------------------------------------------------------------
-# Pairs
+# Pairs: images and images, images and captions
 
 
 def test_paired_error_against_torchmetrics():
-    """Which counts windows that reach over the edge too; the interior is the same."""
+    """torchmetrics also counts windows that reach over the edge; the interior is the same."""
     images, uncached = random_images(3, 20, 24, 3), random_images(3, 20, 24, 3, seed=1)
     uncached[1] = images[1] // 2 + 30
     x, y = (torch.from_numpy(both).permute(0, 3, 1, 2).double() / 127.5 - 1
@@ -182,7 +183,7 @@ def test_paired_error_refuses(shapes):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A small CLIP with random weights, under a name of its own: -> name, its weights' file."""
+    """A small CLIP with random weights, registered with open_clip -> its name, its file."""
     open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in requirements.txt")
     folder = tmp_path_factory.mktemp("clip")
     (folder / "tiny-test.json").write_text(json.dumps({
@@ -219,7 +220,7 @@ def test_clip_score_against_open_clips_own_forward(tiny_clip):
 
 
 def test_openais_weights_get_the_activation_they_were_trained_with(tiny_clip, monkeypatch):
-    """Asked for by their tag, as the default is."""
+    """They are asked for by their tag, as by default."""
     import open_clip
 
     name, path = tiny_clip
@@ -259,17 +260,18 @@ def digits():
 
 
 def test_evaluate_on_the_held_out_digits(digits):
-    """The shipped statistics are those of the shipped images, and every number has the size that
-    real digits must have."""
+    """The shipped statistics are those of the shipped images, and every metric has a value that
+    real digits should have."""
     held_out = np.stack(list(pictures.read("digits-held-out")[1]))
     values = metrics.evaluate(held_out)
     again = metrics.evaluate(held_out, metrics.extract("digits", digits), network=digits)
     for other in (again, metrics.evaluate("digits-held-out")):
-        # They are among the reference: their nearest distance is what rounding leaves of 0.
+        # The held-out digits are part of the reference: their nearest distance is 0 but for
+        # rounding.
         assert other.pop("nearest") < 0.01
         assert {key: values[key] for key in other} == pytest.approx(other, rel=1e-4)
     assert values["fid"] < 0.2 and values["is"] > 9
-    assert values["precision"] == 1 and 0.8 < values["recall"] < 1  # all are in the reference
+    assert values["precision"] == 1 and 0.8 < values["recall"] < 1
     assert values["nearest"] < 0.01 < values["nearest_reference"]
     noise = metrics.evaluate(random_images(100, 28, 28, 3))
     assert noise["fid"] > 20 * values["fid"] and noise["sfid"] > 20 * values["sfid"]
@@ -277,7 +279,7 @@ def test_evaluate_on_the_held_out_digits(digits):
 
 
 def test_fid_of_a_network_against_torch_fidelity_and_numpy(digits):
-    """From images to number in one go, against numpy's statistics and pytorch-fid's distance."""
+    """From images to FID, against numpy's statistics and pytorch-fid's distance."""
     images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
     pooled = [digits(torch.from_numpy(x).permute(0, 3, 1, 2))[0].double().numpy()
               for x in (images, other)]
@@ -300,12 +302,13 @@ def test_saved_statistics_serve_as_reference(digits, tmp_path):
 
 
 def test_a_reference_in_adms_layout(digits, tmp_path, monkeypatch):
-    """Without a network's name it is Inception's; its images give what its statistics cannot."""
+    """A file without the name of a network is Inception's. Precision and recall come from its
+    images."""
     monkeypatch.setattr(digits, "name", metrics.ADM_NETWORK, raising=False)
     images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
     seen = metrics.extract(other, digits)
     known = {key: getattr(seen, key).numpy() for key in ("mu", "sigma", "mu_s", "sigma_s")}
-    known["mu"] = known["mu"] + 1  # of other images than arr_0, as ADM's are
+    known["mu"] = known["mu"] + 1  # statistics of more images than arr_0, as in ADM's files
     np.savez(tmp_path / "adm.npz", **known, arr_0=other)
     values = metrics.evaluate(images, tmp_path / "adm.npz", network=digits)
     expected = metrics.evaluate(images, other, network=digits)
@@ -313,7 +316,7 @@ def test_a_reference_in_adms_layout(digits, tmp_path, monkeypatch):
     np.savez(tmp_path / "bare.npz", **known)
     bare = metrics.evaluate(images, tmp_path / "bare.npz", network=digits)
     assert bare == {key: values[key] for key in ("fid", "sfid", "is")}
-    with pytest.raises(ValueError, match="recall needs the images, not statistics only"):
+    with pytest.raises(ValueError, match="recall needs more than 3 images in each set, not only"):
         metrics.evaluate(images, tmp_path / "bare.npz", ["recall"], digits)
 
 
@@ -338,7 +341,7 @@ def test_three_images_have_a_fid_but_no_precision(digits):
     assert set(values) == {"fid", "sfid", "is"}
 
 
-def test_saved_statistics_say_which_network_they_need(digits, tmp_path):
+def test_statistics_name_the_network_they_need(digits, tmp_path):
     metrics.save_statistics(tmp_path / "a.npz", metrics.extract("digits-held-out", digits))
     assert metrics.usual_features(tmp_path / "a.npz") == "digits"
     assert metrics.usual_features(metrics.extract("emoji", features.load("emoji"))) == "emoji"
@@ -348,7 +351,7 @@ def test_saved_statistics_say_which_network_they_need(digits, tmp_path):
 def test_damaged_statistics(digits, tmp_path):
     metrics.save_statistics(tmp_path / "a.npz", metrics.extract("digits-held-out", digits))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cut.npz is not a whole npz of statistics"):
+    with pytest.raises(ValueError, match="cut.npz is not an npz file, or not a whole one"):
         metrics.load_statistics(tmp_path / "cut.npz")
     np.savez(tmp_path / "lacks.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match="lacks.npz lacks sigma, mu_s, sigma_s"):
@@ -365,7 +368,7 @@ def test_one_image_is_too_few(digits):
 
 
 def run(monkeypatch, capsys, *args):
-    """What the command prints, and its exit code, without a process of its own."""
+    """Runs the command in this process -> exit code, stdout, stderr."""
     monkeypatch.setattr("sys.argv", ["metrics.py", *map(str, args), "--device", "cpu"])
     code = 0
     try:
@@ -410,8 +413,8 @@ def test_the_commands_clip_score(tmp_path, monkeypatch, capsys, tiny_clip):
     assert code == 2 and "captions.txt has 1 captions for 3 images" in err
 
 
-def test_the_emojis_own_numbers(tmp_path, monkeypatch, capsys):
-    """Every number but the Inception score, by the shipped encoder and with no download."""
+def test_metrics_of_emoji(tmp_path, monkeypatch, capsys):
+    """Every metric but the Inception score, by the shipped encoder, without a download."""
     images, captions = (values[::9] for values in shipped.emoji())
     np.savez(tmp_path / "x.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
@@ -429,7 +432,7 @@ def test_the_emojis_own_numbers(tmp_path, monkeypatch, capsys):
     assert json.loads(out)["values"]["clip"] < 20
     code, _, err = run(monkeypatch, capsys, tmp_path / "x.npz", "--reference", "emoji", "--metrics",
                        "is")
-    assert code == 2 and "is needs the images, not statistics only, and a network that tells" in err
+    assert code == 2 and "is needs images, not only statistics, and a network that predicts" in err
 
 
 @pytest.mark.parametrize(("args", "message"), (
@@ -444,14 +447,14 @@ def test_the_emojis_own_numbers(tmp_path, monkeypatch, capsys):
     (["digits", "--batch-size", "0"], "--batch-size must be 1 or more"),
 ))
 def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights here
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # a folder without weights
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no network
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no connection
     code, _, err = run(monkeypatch, capsys, *args)
     assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
-def test_weights_of_clip_without_a_network(monkeypatch, tmp_path):
+def test_weights_of_clip_without_a_connection(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConnectionError, match="could not get openai of ViT-B-32") as caught:

@@ -1,4 +1,4 @@
-"""How the digits model was made: its data, its loss, and a training that resumes."""
+"""How the shipped networks are trained: data, losses, and a training that resumes bitwise."""
 
 import argparse
 import math
@@ -17,12 +17,12 @@ from experiments import pretrain
 from samplers import DDPM
 
 
-class Saves(Exception):
+class Interrupted(Exception):
     pass
 
 
 class Oracle(torch.nn.Module):
-    """Answers with fixed noise and variance channels, whatever it is asked."""
+    """A network whose output is always `answer`, noise and variance channels."""
 
     num_classes = 10
 
@@ -37,7 +37,7 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("seed", (0, 1, 2))
 def test_loss_against_gaussians(seed):
-    """The KL term against torch.distributions, from the definitions of q and p at each step."""
+    """Both terms from the definitions of q and p at each step, the KL by torch.distributions."""
     torch.manual_seed(seed)
     schedule, B = DDPM(1000), 6
     images = torch.rand(B, 1, 4, 4) * 2 - 1
@@ -82,11 +82,11 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, monkeypatch):
 
     def save_and_stop(path, state):
         save_state(path, state)
-        raise Saves
+        raise Interrupted
 
     monkeypatch.setattr(command, "save_state", save_and_stop)
     for _ in range(3):  # after steps 2, 4 and 5
-        with pytest.raises(Saves):
+        with pytest.raises(Interrupted):
             pretrain.train_digits(arguments(tmp_path / "parts"))
     monkeypatch.setattr(command, "save_state", save_state)
     pretrain.train_digits(arguments(tmp_path / "parts"))
@@ -105,14 +105,14 @@ def test_another_runs_state_is_refused(tmp_path):
 
 
 def test_the_classifiers_training_holds_out_what_it_tests(tmp_path, monkeypatch, capsys):
-    """Three short trainings; the weights and statistics written belong together."""
+    """Three short trainings. The saved statistics are those of the saved weights."""
     seen, augmented = [], pretrain.augmented
 
-    def noted(images, generator):
+    def recorded(images, generator):
         seen.append(images)
         return augmented(images, generator)
 
-    monkeypatch.setattr(pretrain, "augmented", noted)
+    monkeypatch.setattr(pretrain, "augmented", recorded)
     args = arguments(tmp_path, steps=2, batch_size=50, ema=0.0, resume=False)
     pretrain.train_classifier(args)
     _, labels = shipped.digits("all")
@@ -129,7 +129,7 @@ def test_the_classifiers_training_holds_out_what_it_tests(tmp_path, monkeypatch,
 
 
 def test_augmented_digits_stay_digits():
-    """The centre of mass moves by less than the largest shift and a little, and ink stays."""
+    """The centre of mass moves little more than the largest shift, and most of the ink stays."""
     images = shipped.digits("held-out")[0][::10]
     moved = pretrain.augmented(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape and not torch.equal(moved, images.float())
@@ -177,17 +177,17 @@ def test_the_emojis_training_resumes_bitwise_and_sees_each_once_an_epoch(tmp_pat
 
     def save_and_stop(path, state):
         save_state(path, state)
-        raise Saves
+        raise Interrupted
 
     monkeypatch.setattr(command, "save_state", save_and_stop)
-    with pytest.raises(Saves):
+    with pytest.raises(Interrupted):
         pretrain.train_emoji(arguments(tmp_path / "parts", **changes))
     monkeypatch.setattr(command, "save_state", save_state)
     pretrain.train_emoji(arguments(tmp_path / "parts", **changes))
     whole, parts = (load_file(tmp_path / name / "weights.safetensors")
                     for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert all(value.dtype == torch.float16 for value in whole.values())  # half the size to ship
+    assert all(value.dtype == torch.float16 for value in whole.values())  # half the file size
 
 
 def test_the_null_caption_is_shown_with_every_number_of_tokens():
@@ -204,21 +204,21 @@ def test_the_null_caption_is_shown_with_every_number_of_tokens():
 
 
 def test_contrastive_loss_by_hand():
-    """Two pairs, each caption at its image: -log of the softmax of (scale, 0)."""
+    """Two pairs, each caption equal to its image: -log of the softmax of (scale, 0)."""
     loss = pretrain.contrastive_loss(torch.eye(2), torch.eye(2), 3.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-3)))
     crossed = pretrain.contrastive_loss(torch.eye(2), torch.eye(2).flip(0), 3.0)
     assert crossed.item() == pytest.approx(3 + math.log(1 + math.exp(-3)))
 
 
-def test_the_encoders_training_leaves_out_what_it_is_tested_on(tmp_path, monkeypatch, capsys):
+def test_the_encoders_training_holds_out_what_it_tests(tmp_path, monkeypatch, capsys):
     seen, augmented = [], pretrain.augmented
 
-    def noted(images, generator):
+    def recorded(images, generator):
         seen.append(255 - images)
         return augmented(images, generator)
 
-    monkeypatch.setattr(pretrain, "augmented", noted)
+    monkeypatch.setattr(pretrain, "augmented", recorded)
     pretrain.train_emoji_encoder(arguments(tmp_path, steps=2, batch_size=1000, ema=0.0))
     held_out = {image.numpy().tobytes() for image in shipped.emoji()[0][::10]}
     assert not any(image.numpy().tobytes() in held_out for batch in seen for image in batch)

@@ -14,8 +14,8 @@ def test_held_out_digits_are_the_last_100_of_each_class():
     assert labels.bincount().tolist() == [400] * 10
     assert held_out_labels.bincount().tolist() == [100] * 10
     assert images.min() == 0 and images.max() == 255
-    seen = {image.numpy().tobytes() for image in images}
-    assert not any(image.numpy().tobytes() in seen for image in held_out)
+    trained = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in trained for image in held_out)
     every, every_label = shipped.digits("all")
     with np.load(shipped.DATA / "digits28.npz") as data:
         assert np.array_equal(every[:, 0].numpy(), data["images"])
@@ -36,7 +36,7 @@ def test_an_unknown_part_is_refused():
         shipped.digits("test")
 
 
-def test_emoji_are_those_that_the_model_knows():
+def test_the_emoji_that_the_model_learned_come_first():
     images, captions = shipped.emoji()
     assert images.shape == (1026, 3, 32, 32) and len(captions) == 1026
     every, every_caption = shipped.emoji(every=True)

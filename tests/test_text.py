@@ -18,7 +18,7 @@ import text
 # ------------------------------------------------------------------------------------------------
 # Hashed words
 
-STORED = {  # the first four and the last of 128 numbers, as made once, on x86-64 with numpy 2.4
+STORED = {  # the first four and the last of 128 numbers, made on x86-64 with numpy 2.4
     "apple": [-0.5430479, -0.33944738, -1.6320665, -2.2964404, 0.4357142],
     "face": [-0.9651901, -0.671894, -0.89545363, -0.9022351, 2.2480595],
     "3": [0.099368066, -0.7973179, -0.4679084, -1.5576651, -1.4305867],
@@ -27,7 +27,7 @@ STORED = {  # the first four and the last of 128 numbers, as made once, on x86-6
 
 
 def test_hashed_words_are_the_stored_numbers():
-    """What the shipped model was trained with. A change here makes its captions meaningless."""
+    """The shipped model was trained with them. A change would make its captions meaningless."""
     features, _ = text.hashed_words([" ".join(STORED)])
     for vector, stored in zip(features[0], STORED.values(), strict=False):
         np.testing.assert_allclose(vector[[0, 1, 2, 3, 127]], stored, rtol=1e-6)
@@ -58,7 +58,7 @@ def test_a_prompt_without_words_is_the_null_caption(prompt):
     assert not mask[0].any() and not features[0].any() and mask[1].tolist() == [True, False, False]
 
 
-def test_vectors_of_words_are_standard_normal_and_unrelated():
+def test_vectors_of_words_are_standard_normal_and_independent():
     words = [f"word{n}" for n in range(1000)]
     vectors = text.hashed_words([" ".join(words)], 1000)[0][0].double()  # (1000, 128)
     assert abs(vectors.mean()) < 4 / np.sqrt(vectors.numel())
@@ -68,7 +68,7 @@ def test_vectors_of_words_are_standard_normal_and_unrelated():
     assert cosine.abs().max() < 5.5 / np.sqrt(128)  # 5.5 deviations, 499,500 pairs
 
 
-def test_a_prompt_over_the_limit_warns_of_what_is_cut():
+def test_a_warning_says_what_is_cut_from_a_long_prompt():
     with pytest.warns(match='"One two, three four!" is over 2 tokens, cut: "three four"'):
         cut, _ = text.hashed_words(["One two, three four!"], 2, 8)
     with warnings.catch_warnings():
@@ -87,7 +87,7 @@ WORDS = ["a", "red", "blue", "cat", "dog", "sits", "on", "the", "mat", ".", ","]
 def t5(tmp_path_factory):
     """A folder with a tiny random T5 v1.1 encoder and a tokenizer of whole words."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # it comes with the other
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # part of transformers
 
     folder = tmp_path_factory.mktemp("t5")
     vocabulary = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
@@ -109,7 +109,7 @@ def t5(tmp_path_factory):
 
 
 def expected(folder, texts, max_length, dtype=torch.float32):
-    """As PixArt's code calls the library: padded to the full length, with the mask."""
+    """The features as PixArt's code gets them: padded to the full length, with the mask."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.T5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
@@ -130,16 +130,17 @@ def test_encode_equals_transformers(t5):
     assert features.shape == (15, 12, 16) and torch.equal(mask, other_mask)
     assert mask[:3].sum(1).tolist() == [4, 8, 2]
     torch.testing.assert_close(features[mask], other[mask], rtol=1e-5, atol=1e-5)
-    # Padded to the longest prompt, as we do, the library gives the same bits.
+    # Padded to the longest prompt, as `run_t5` does it, the library gives the same bits.
     same, _ = expected(t5, ["a red cat", PROMPTS[1], "a", "blue , blue"], 8)
     for b, row in zip((0, 1, 2, 4), same, strict=True):
         assert torch.equal(features[b][mask[b]], row[mask[b, :8]])
     assert not features[~mask].any() and other[mask].std() > 0.1
-    assert not torch.allclose(features[0, 0], features[2, 0], atol=0.1)  # words see one another
+    # Words see one another: the first of both prompts is "a".
+    assert not torch.allclose(features[0, 0], features[2, 0], atol=0.1)
 
 
 def test_bfloat16(t5):
-    """What is kept has the encoder's dtype: two bytes a number."""
+    """Features have the encoder's dtype: two bytes a number."""
     each = text.encode_each(PROMPTS[:3], t5, 12, "cpu", torch.bfloat16)
     other, _ = expected(t5, ["a red cat", PROMPTS[1], "a"], 12, torch.bfloat16)
     for tokens, row, n in zip(each, other, (4, 8, 2), strict=True):
@@ -165,8 +166,9 @@ def test_an_empty_prompt_is_the_null_caption_for_t5_too(t5):
     assert text.encode([], t5, 4, "cpu")[1].shape == (0, 4)
 
 
-def test_the_null_caption_has_the_features_of_padding_too(t5, tmp_path, monkeypatch):
-    """As the official code encodes it: padded to full length, what comes out is taken whole."""
+def test_the_null_caption_includes_the_features_of_padding(t5, tmp_path, monkeypatch):
+    """As in the official code: the empty prompt is padded to the full length, and the features of
+    all places are used."""
     from transformers import AutoTokenizer, T5EncoderModel
 
     ids = AutoTokenizer.from_pretrained(t5)("", padding="max_length", max_length=7,
@@ -178,7 +180,7 @@ def test_the_null_caption_has_the_features_of_padding_too(t5, tmp_path, monkeypa
     null = text.null_caption(t5, 7, file=file)
     assert null.shape == (7, 16) and torch.equal(null, expected)
     assert null[1:].abs().min() > 0
-    monkeypatch.setattr(text, "load_t5", None)  # the file has both by now
+    monkeypatch.setattr(text, "load_t5", None)  # the file holds both now
     assert torch.equal(text.null_caption(t5, 7, file=file), null)
     text.encode(["a cat"], t5, 7, file=file)
 
@@ -219,7 +221,7 @@ def test_a_second_run_needs_neither_t5_nor_transformers(t5, tmp_path, monkeypatc
     first = text.encode(PROMPTS[:2], t5, 12, "cpu", file=file)
     features, mask = text.encode(PROMPTS, t5, 12, "cpu", file=file)  # adds to the file
     assert torch.equal(features[:2], first[0])
-    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it now fails
+    monkeypatch.setitem(sys.modules, "transformers", None)  # now its import fails
     for order in (range(15), (1, 0), (4, 4, 2)):
         again = text.encode([PROMPTS[j] for j in order], t5, 12, "cpu", file=file)
         assert torch.equal(again[0], features[list(order)])
@@ -304,8 +306,8 @@ PIECES = [
 
 
 def test_cleaning_equals_the_official_rules(monkeypatch):
-    """diffusers carries PixArt's function. Its two libraries are replaced by what they do on text
-    like this: the HTML parser by ours, ftfy by the strip that the official code does there."""
+    """diffusers has PixArt's function. Its two libraries are replaced by code with the same effect
+    on such text: the HTML parser by ours, ftfy by str.strip."""
     module = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
     monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str.strip), raising=False)
     monkeypatch.setattr(

@@ -1,3 +1,5 @@
+"""The autoencoder against diffusers, tiles and memory of `decode`, and every layout of weights."""
+
 import contextlib
 import os
 import weakref
@@ -19,8 +21,8 @@ OFFICIAL = (128, 256, 512, 512)  # the width of each resolution
 
 
 def tiny(seed=0, **changes):
-    """A frozen autoencoder, every parameter drawn so that the numbers stay of order 1: matrices as
-    wide as keeps the variance, norms and biases around 1 and 0 but not there. 4 pixels a latent."""
+    """A frozen autoencoder with random parameters that keep activations of order 1: matrices keep
+    the variance, norms and biases are near 1 and 0. A latent is 4 pixels wide."""
     sizes = dict(channels=32, multipliers=(1, 1, 2), res_blocks=1)
     network = vae.Autoencoder(**{**sizes, **changes})
     generator = torch.Generator().manual_seed(seed)
@@ -121,12 +123,12 @@ def test_slices_change_nothing(seed):
     for size in (1, 2, 7):
         images = network.decode(latents, slice_size=size)
         torch.testing.assert_close(images, whole, rtol=0, atol=1e-5)
-    assert torch.equal(network.decode(latents, slice_size=5), whole)  # one tile is left as it is
+    assert torch.equal(network.decode(latents, slice_size=5), whole)  # one tile: weight 1
 
 
 class Local(nn.Module):
-    """A decoder whose pixels depend on their own latent only, so that tiles must be exact. It
-    writes down the shapes that it was given."""
+    """A decoder whose pixels depend on their own latent only, so tiles must be exact. It records
+    the shapes of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +141,7 @@ class Local(nn.Module):
 
 @pytest.mark.parametrize("tile, overlap", [(8, 0), (8, 1), (9, 4), (10, 9), (13, 3), (40, 16)])
 def test_tiles_of_a_local_decoder_are_exact(tile, overlap):
-    """Every pixel is in its place, and its weights add up to 1."""
+    """Every pixel is in its place, and the weights of its tiles add up to 1."""
     network, latents = tiny().double(), normal(0, 3, 4, 21, 34).double()
     network.decoder = Local()
     expected = Local()(network.post_quant_conv(latents))
@@ -155,7 +157,7 @@ def test_tiles_of_a_local_decoder_are_exact(tile, overlap):
      ((64, 128), [(64, 72)] * 2), ((256, 256), [(76, 76)] * 16), ((10, 130), [(10, 73)] * 2)],
     ids=str,
 )  # fmt: skip
-def test_pictures_of_128_latents_and_more_are_decoded_in_tiles(shape, expected):
+def test_images_of_128_latents_and_more_are_decoded_in_tiles(shape, expected):
     network = tiny()
     network.decoder = Local()
     network.decode(normal(0, 1, 4, *shape))
@@ -174,17 +176,17 @@ def test_a_cut_covers_everything_with_the_overlap_and_no_tile_too_many():
 
 
 def jumps(result, whole):
-    """How far the error jumps from column to column (root mean square over rows): the most near the
-    middle, where tiles without overlap meet; the most of all; and typically."""
+    """How far the error jumps from column to column (root mean square over the rows) -> the largest
+    jump near the middle, where tiles without overlap meet; the largest anywhere; the median."""
     jump = (result - whole).diff(dim=-1).square().mean((0, 1, 2)).sqrt()
     middle = jump.numel() // 2
     return jump[middle - 4 : middle + 5].max().item(), jump.max().item(), jump.median().item()
 
 
-@pytest.mark.parametrize("unlike", [0.0, 1.0], ids=["noise", "left and right unlike"])
+@pytest.mark.parametrize("unlike", [0.0, 1.0], ids=["noise", "left and right differ"])
 def test_tiles_leave_no_seam(unlike):
-    """The error that `decode` states, and where it is: in tiles that only touch it jumps where they
-    meet, in overlapping ones it jumps nowhere much more than anywhere."""
+    """The errors are those in the docstring of `decode`. The error jumps where tiles only touch;
+    where they overlap, it jumps nowhere much more than elsewhere."""
     network = tiny(res_blocks=2)
     latents = normal(0, 1, 4, 40, 40) + unlike * torch.linspace(-1, 1, 40)
     whole = network.decode(latents)
@@ -241,7 +243,7 @@ def test_decode_bytes_is_the_measured_peak(multipliers, dtype, options):
         images = network.decode(latents, **options)
     assert live.now == images.nbytes
     calculated = network.decode_bytes(14, 12, **options)
-    # Beside what is calculated there are the images, latents, and the last tile's three channels.
+    # Not in the calculation: the images, the latents, and the three channels of the last tile.
     beside = live.peak - calculated
     assert 0 < beside < images.nbytes + latents.nbytes + 0.03 * calculated
 
@@ -285,7 +287,7 @@ def test_latents_of_another_shape_raise(shape):
     [dict(slice_size=0), dict(tile=16), dict(tile=0), dict(tile=8, overlap=-1), dict(overlap=90)],
     ids=str,
 )
-def test_slices_of_nothing_and_tiles_that_are_all_overlap_raise(options):
+def test_empty_slices_and_tiles_that_are_all_overlap_raise(options):
     network = tiny()
     for act in (lambda: network.decode(torch.zeros(1, 4, 128, 1), **options),
                 lambda: network.decode_bytes(128, 1, **options)):  # fmt: skip
@@ -303,7 +305,7 @@ def test_widths_that_the_groups_do_not_divide_raise():
 
 
 def early_diffusers(state):
-    """Our names -> those of the diffusers files of 2022."""
+    """Our names -> those in the diffusers files of 2022."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     early = {}
     for key, value in state.items():
@@ -314,7 +316,7 @@ def early_diffusers(state):
 
 
 def stable_diffusion(state, levels, res_blocks):
-    """Our names -> those of Stable Diffusion, by walking through its modules."""
+    """Our names -> those in Stable Diffusion's files, module by module."""
     new = {}
 
     def take(theirs, ours, convolution=False):
@@ -357,7 +359,7 @@ def stable_diffusion(state, levels, res_blocks):
 
 
 def layouts(network):
-    """The same weights as each kind of file holds them."""
+    """The same weights in the layout of each kind of file: {file name: content}."""
     state = network.state_dict()
     own = stable_diffusion(state, levels=3, res_blocks=1)
     rest = {"model_ema.decay": torch.tensor(0.9), "loss.logvar": torch.tensor(0.0)}
@@ -393,7 +395,7 @@ def test_every_layout_gives_the_same_weights(tmp_path):
 
 
 def test_diffusers_reads_the_test_files_the_same_way():
-    """Else the layouts above could be wrong in the same way as the reader."""
+    """Without this the layouts above could be wrong in the same way as the reader."""
     state = tiny(1).state_dict()
     other = diffusers_vae((32, 32, 64), res_blocks=1)
     early = other._fix_state_dict_keys_on_load(early_diffusers(state))
@@ -404,7 +406,7 @@ def test_diffusers_reads_the_test_files_the_same_way():
 
 
 def test_the_official_size_has_the_names_of_stable_diffusion_s_own_files():
-    """Some of its keys, by heart, and that every one of the 248 finds its place."""
+    """Each of the 248 keys has a name here. Some keys and shapes are written down from memory."""
     with torch.device("meta"):
         network = vae.Autoencoder()
     keys = stable_diffusion(network.state_dict(), levels=4, res_blocks=2)
@@ -443,7 +445,7 @@ def test_one_error_names_the_keys_that_do_not_fit(tmp_path, layout):
     assert message.count(";") == 2 + second
 
 
-def test_a_file_of_another_size_is_told_in_one_short_line(tmp_path):
+def test_a_file_of_another_size_gives_one_short_error(tmp_path):
     path = save(tmp_path / "w.safetensors", tiny(multipliers=(1, 2, 2)).state_dict())
     with pytest.raises(ValueError, match=r"does not fit this network.*; and \d+ more$") as caught:
         vae.read_weights(path, tiny())
@@ -451,7 +453,7 @@ def test_a_file_of_another_size_is_told_in_one_short_line(tmp_path):
 
 
 class Code:
-    """Pickles as a call: reading it makes a folder."""
+    """Pickles as a function call: unpickling it makes a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -466,7 +468,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="only running code could read: use a .safetensors"):
         vae.read_weights(path, tiny())
     assert not trace.exists()
-    with contextlib.suppress(Exception):  # the trap works: a reader that trusts it does run it
+    with contextlib.suppress(Exception):  # the trap works: a careless reader runs the code
         torch.load(path, weights_only=False)
     assert trace.exists()
 
