@@ -175,7 +175,7 @@ def test_the_release_holds_what_students_need_and_nothing_of_the_lecturer(unpack
 def course(tmp_path):
     """A small copy of the repository, to plant things in."""
     shutil.copytree(HERE, tmp_path / "notebooks" / "assignments")
-    for name in ("README.md", "command.py"):
+    for name in ("README.md", "command.py", "interrupt.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -283,9 +283,10 @@ def tiny(tmp_path_factory):
     solution = folder / "lecturer" / "solutions" / "a9_tiny"
     solution.mkdir(parents=True)
     (folder / "a9_tiny").mkdir()
-    for name in ("conftest.py", "lecturer/grade.py", "lecturer/recorder.py"):
+    for name in ("conftest.py", "folders.py", "lecturer/grade.py", "lecturer/recorder.py"):
         shutil.copy(HERE / name, folder / name)
-    shutil.copy(ROOT / "command.py", root)
+    for name in ("command.py", "interrupt.py"):
+        shutil.copy(ROOT / name, root)
     (folder / "a9_tiny" / "test_student.py").write_text(TESTS)
     (solution / "student.py").write_text(SOLUTION)
     (solution / "cases.py").write_text("SEEDS = (50, 60)\n")

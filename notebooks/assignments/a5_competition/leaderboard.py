@@ -16,26 +16,31 @@ This is no sandbox: a submission runs as you and can read and write your files. 
 in a container. The limits need Linux or macOS (of memory: Linux).
 """
 
-import argparse
-import contextlib
-import dataclasses
-import importlib.util
-import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parents[1])]
 
-import command  # noqa: E402 (found on the path from here on)
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
+import argparse  # noqa: E402 (from here on the project's modules are on the path)
+import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
+import importlib.util  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+
+import folders  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import command  # noqa: E402
 import features  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
@@ -46,6 +51,7 @@ from sample import Noise, denoise, make_sampler  # noqa: E402
 
 BATCH = 50
 TO_COMPARE = ("none", "fora-paper:2", "random:0.5")
+MOST_IMAGES, MOST_SECONDS, MOST_GIGABYTES = 50_000, 86_400, 1e6
 
 # ------------------------------------------------------------------------------------------------
 # In the submission's own process
@@ -124,6 +130,8 @@ def ask(student, seconds, gigabytes, steps, branches):
             raise ValueError(f"it took more than {seconds:g} s of processor time")
         if process.returncode != 0 or not out.is_file():
             raise ValueError(reason(errors, process.returncode))
+        if out.stat().st_size > 10**6:
+            raise ValueError("what it returned is no schedule: it has more than 1 MB")
         try:
             with np.load(out, allow_pickle=False) as data:
                 schedule, spent = data["schedule"], float(data["seconds"])
@@ -193,9 +201,11 @@ def rank(submissions, images, seed, seconds, gigabytes):
     named = [(name, router.named(name, steps, branches)) for name in TO_COMPARE]
     rows, refused = [score(f"({name})", schedule) for name, schedule in named], {}
     for student in submissions:
-        name = student.parent.name
+        name = command.one_line(student.parent.name)
         print(f"{name} ...", flush=True)
         try:
+            if why := folders.trouble(student.parent):
+                raise ValueError(why)
             schedule, spent = ask(student, seconds, gigabytes, steps, branches)
             rows.append(score(name, schedule, spent))
         except (ValueError, OSError) as error:
@@ -222,18 +232,24 @@ def main():
     parser.add_argument("submissions", type=Path, nargs="?", help="a folder of NAME/student.py")
     parser.add_argument("--images", type=int, default=200, help="for FID and the error (200)")
     parser.add_argument("--seed", type=command.seed, default=0, help="of the noise (0)")
-    parser.add_argument("--seconds", type=float, default=30,
+    parser.add_argument("--seconds", type=command.finite, default=30,
                         help="processor time to make a schedule in (30)")
-    parser.add_argument("--memory", type=float, default=4, help="limit of a submission, GB (4)")
+    parser.add_argument("--memory", type=command.finite, default=4,
+                        help="limit of a submission, GB (4)")
     parser.add_argument("--compute", nargs=2, help=argparse.SUPPRESS)  # how `ask` starts it
     args = parser.parse_args()
     if args.compute:
         return compute(*args.compute, args.seconds, args.memory)
-    if args.images < 2 or min(args.seconds, args.memory) <= 0:
-        raise ValueError("--images must be 2 or more, --seconds and --memory above 0")
-    submissions = sorted(args.submissions.glob("*/student.py")) if args.submissions else []
-    if not submissions:
-        raise ValueError(f"{args.submissions} holds no submissions: one is NAME/student.py")
+    for flag, value, least, most in (
+        ("images", args.images, 2, MOST_IMAGES), ("seconds", args.seconds, 0.01, MOST_SECONDS),
+        ("memory", args.memory, 0.01, MOST_GIGABYTES),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"--{flag} must be from {least} to {most:g}, not {value:g}")
+    if args.submissions is None:
+        raise ValueError("name a folder of submissions: one is NAME/student.py")
+    submissions = [args.submissions / name / "student.py"
+                   for name in folders.names_in(args.submissions)]
     rows, refused = rank(submissions, args.images, args.seed, args.seconds, args.memory)
     print(f"\n{args.images} images each\n{table(rows, refused)}")
 

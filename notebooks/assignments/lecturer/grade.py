@@ -5,7 +5,8 @@
 SUBMISSIONS/<name>/student.py is a submission. Each runs in a temporary folder and a process of its
 own, beside the original test_student.py and conftest.py and the withheld cases.py, several at once.
 A task's points count if all of its tests passed. grades.csv gets a row a submission, grades.json
-also the first line of each task's first failure.
+also the first line of each task's first failure. They are written after every submission (one that
+is still to come has no points), and the same command goes on where it was.
 
 The solution is graded first. It tells which tests each task has, that all is well on this machine,
 and how long the tests take: a submission has `--times` as long. One that ends the process or takes
@@ -16,33 +17,42 @@ What it prints, and how it exits, counts for nothing, but code written to deceiv
 pass: read what looks odd, and grade strangers' code in a container.
 """
 
-import argparse
-import ast
-import concurrent.futures
-import contextlib
-import csv
-import json
-import os
-import secrets
-import shutil
-import signal
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 LECTURER = Path(__file__).resolve().parent
 ASSIGNMENTS = LECTURER.parent
 ROOT = ASSIGNMENTS.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ASSIGNMENTS)]
 
-import command  # noqa: E402 (found on the path from here on)
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
+
+import argparse  # noqa: E402 (from here on the project's modules are on the path)
+import ast  # noqa: E402
+import concurrent.futures  # noqa: E402
+import contextlib  # noqa: E402
+import csv  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import secrets  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+
+import folders  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import command  # noqa: E402
 
 FIRST_LIMIT = 1800  # seconds for the solution
+MOST = 1e6  # of --times, and of --memory in GB
+TEMPORARY = "grade.{}."  # the temporary folders' prefix, with the number of the process
 
 # ------------------------------------------------------------------------------------------------
 # The assignment
@@ -87,13 +97,14 @@ def lay_out(folder, assignment, student):
 
 
 def environment():
-    """One thread, the modules of this repository, no settings of the lecturer's own pytest."""
+    """One thread, the modules of this repository, no settings of the lecturer's own pytest. Sets
+    have the same order in every run, so that a message does not change."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return {
         **kept, **dict.fromkeys(threads, "1"), "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONHASHSEED": "0",
     }  # fmt: skip
 
 
@@ -110,9 +121,10 @@ def end(process):
 def attempt(assignment, student, tasks, seconds, memory):
     """Runs the tests of `tasks` on a student.py, within `seconds` and `memory` bytes.
     -> the record, a list of dicts, and words for how the process ended."""
+    prefix = TEMPORARY.format(os.getpid())
     with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private,
+        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as private,
     ):
         here = lay_out(Path(folder), assignment, student)
         record = Path(private) / secrets.token_hex(16)
@@ -127,20 +139,34 @@ def attempt(assignment, student, tasks, seconds, memory):
             process.communicate(json.dumps(settings).encode(), timeout=seconds)
             ended = f"it ended the process (exit code {process.returncode})"
         except subprocess.TimeoutExpired:
-            ended = f"it took more than {seconds:.0f} s"
+            ended = "it took more than the time limit"
         finally:
             end(process)
-        return read_record(record), ended
+        return read_record(record, folder), ended
 
 
-def read_record(path):
-    """The lines that are whole. There is no file if the process ended before the first."""
+def read_record(path, folder):
+    """The lines that are whole. There is no file if the process ended before the first. What is
+    another in every run, the temporary `folder` and addresses, is taken out of the errors."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     records = []
     for line in lines:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    records = [record for record in records if isinstance(record, dict)]
+    for record in records:
+        if "error" in record:
+            error = str(record["error"]).replace(folder + os.sep, "")
+            record["error"] = re.sub(r"0x[0-9a-f]{6,}", "0x...", error)
+    return records
+
+
+def clear_left_behind():
+    """Removes the temporary folders of a grading that was killed."""
+    for path in Path(tempfile.gettempdir()).glob(TEMPORARY.format("*") + "*"):
+        process = path.name.split(".")[1]
+        if process.isdecimal() and not command.is_running(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,8 +189,8 @@ def grade_one(assignment, student, tests, seconds, memory):
     `tests` are those of each task, {task: [test]}. As long as the process ends within a test, the
     task of that test has failed, and those not settled yet get another run.
     """
-    if not student.is_file():
-        return dict.fromkeys(tests, "there is no student.py")
+    if why := folders.trouble(student.parent):
+        return dict.fromkeys(tests, why)
     verdicts, pending = {}, list(tests)
     while pending:
         record, ended = attempt(assignment, student, pending, seconds, memory)
@@ -205,41 +231,44 @@ def grade_solution(assignment, memory):
     return tests, seconds
 
 
-def grade(assignment, submissions, times=10, memory=4e9, jobs=None):
+def grade(assignment, submissions, times=10, memory=4e9, jobs=None, out=None):
     """Grades every folder of `submissions`. -> {name: {"total": points, "points": {task: points},
-    "failures": {task: first line}}}, by name. One submission's trouble is its own.
+    "failures": {task: first line}}}, by name. One submission's trouble is its own. With `out`,
+    writes out.csv and out.json after each, and goes on where such a grading was.
     Raises ValueError or FileNotFoundError for what is wrong with the assignment or the folder."""
     folder, _ = find(assignment)
     points = read_points(folder)
     submissions = Path(submissions)
-    if not submissions.is_dir():
-        raise FileNotFoundError(f"no folder of submissions at {submissions}")
-    names = sorted(path.name for path in submissions.iterdir()
-                   if path.is_dir() and not path.name.startswith((".", "__")))
-    if not names:
-        raise ValueError(f"{submissions} holds no folders: a submission is NAME/student.py")
-    tests, seconds = grade_solution(assignment, int(memory))
+    names = folders.names_in(submissions)
+    clear_left_behind()
+    progress = Progress(out, assignment, points, times, memory,
+                        {name: digest(submissions / name / "student.py") for name in names})
+    if progress.tests is None:
+        progress.tests, progress.seconds = grade_solution(assignment, int(memory))
 
     def work(name):
         try:
-            verdicts = grade_one(assignment, submissions / name / "student.py", tests,
-                                 times * seconds, int(memory))
+            verdicts = grade_one(assignment, submissions / name / "student.py", progress.tests,
+                                 times * progress.seconds, int(memory))
         except Exception as error:  # an unreadable file, say
             verdicts = dict.fromkeys(points, f"could not be graded: {error}")
         earned = {task: 0 if verdicts[task] else points[task] for task in points}
-        failures = {task: verdict for task, verdict in verdicts.items() if verdict}
+        failures = {task: command.one_line(verdict) for task, verdict in verdicts.items()
+                    if verdict}
         return {"total": sum(earned.values()), "points": earned, "failures": failures}
 
+    pending = [name for name in names if progress.results[name] is None]
     with concurrent.futures.ThreadPoolExecutor(jobs or cores()) as pool:
-        futures = {pool.submit(work, name): name for name in names}
+        futures = {pool.submit(work, name): name for name in pending}
         try:
-            for _ in tqdm(concurrent.futures.as_completed(futures), total=len(names),
-                          unit="submission", disable=None):
-                pass
-        except KeyboardInterrupt:
+            for future in tqdm(concurrent.futures.as_completed(futures), initial=len(names) -
+                               len(pending), total=len(names), unit="submission", disable=None):
+                progress.add(futures[future], future.result())
+        except BaseException:  # an interruption, or a full disk
             pool.shutdown(cancel_futures=True)  # those that run end by their limit
             raise
-    return {name: future.result() for future, name in futures.items()}
+    progress.finish()
+    return progress.results
 
 
 def cores():
@@ -247,16 +276,117 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def write(out, assignment, points, results):
-    """Writes out.csv and out.json."""
+# ------------------------------------------------------------------------------------------------
+# What is written
+
+
+def digest(path):
+    """What tells a submission from what it was before: a string."""
+    if not path.is_file() or path.stat().st_size > folders.LARGEST:
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Progress:
+    """The results so far, {name: result or None}, written to out.csv and out.json as they come.
+    Until all are there, out.json also has `unfinished`: the settings, what the solution's run told,
+    and each submission's digest. A submission that has changed since is graded again.
+
+    Raises ValueError if out.json or out.csv is somebody else's, or unfinished with other settings.
+    """
+
+    def __init__(self, out, assignment, points, times, memory, digests):
+        self.out, self.assignment, self.points, self.digests = out, assignment, points, digests
+        self.results, self.tests, self.seconds = dict.fromkeys(digests), None, None
+        folder, solution = find(assignment)
+        files = [*sorted(folder.glob("*.py")), solution / "student.py", solution / "cases.py"]
+        self.about = {"assignment": assignment, "times": times, "memory": memory,
+                      "files": [digest(file) for file in files if file.name != "leaderboard.py"]}
+        if out is not None:
+            check_own(out)
+            self._go_on(Path(f"{out}.json"))
+
+    def _go_on(self, path):
+        content = read_grades(path) if path.is_file() else {}
+        if "unfinished" not in content:
+            return
+        state, before = content["unfinished"], content["submissions"]
+        try:
+            about, digests = state["about"], state["digests"]
+            tests, seconds = state["tests"], float(state["seconds"])
+            whole = tests.keys() == self.points.keys() and 0 < seconds <= 2 * FIRST_LIMIT and all(
+                names and all(isinstance(name, str) for name in names) for names in tests.values()
+            ) and all(result is None or fits(result, self.points) for result in before.values())
+            done = {name for name in self.results if before.get(name) is not None
+                    and digests.get(name) == self.digests[name]}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole grading: remove it, or choose another --out"
+                             ) from error
+        if about != self.about or not whole:
+            raise ValueError(f"{path} is an unfinished grading with other settings, or another "
+                             "version of the assignment: remove it, or choose another --out")
+        self.tests, self.seconds = tests, seconds
+        self.results |= {name: before[name] for name in self.results if name in done}
+        print(f"{len(done)} of {len(self.results)} submissions were graded before")
+
+    def add(self, name, result):
+        self.results[name] = result
+        state = {"about": self.about, "digests": self.digests, "tests": self.tests,
+                 "seconds": self.seconds}
+        self._write({"unfinished": state})
+
+    def finish(self):
+        self._write({})
+
+    def _write(self, more):
+        if self.out is not None:
+            write(self.out, self.assignment, self.points, self.results, more)
+
+
+def fits(result, points):
+    """Whether a result read from a file is one."""
+    earned = result["points"]
+    return earned.keys() == points.keys() and result["total"] == sum(earned.values()) and all(
+        earned[task] == (0 if task in result["failures"] else points[task]) for task in points)
+
+
+def read_grades(path):
+    """out.json -> a dict. Raises ValueError if it is something else."""
+    try:
+        content = json.loads(command.read_bytes(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no grades: remove it, or choose another --out") from error
+    if not isinstance(content, dict) or not {"assignment", "points", "submissions"} <= set(content):
+        raise ValueError(f"{path} is no grades: remove it, or choose another --out")
+    return content
+
+
+def check_own(out):
+    """Raises ValueError or OSError if out.csv or out.json cannot be written, or is not grade.py's.
+    """
+    for suffix in (".csv", ".json"):
+        command.check_writable(f"{out}{suffix}")
+    if Path(f"{out}.json").is_file():
+        read_grades(Path(f"{out}.json"))
+    if Path(f"{out}.csv").is_file():
+        with open(f"{out}.csv", "rb") as file:
+            if not file.read(11).startswith(b"submission,"):
+                raise ValueError(f"{out}.csv is no grades: remove it, or choose another --out")
+
+
+def write(out, assignment, points, results, more):
+    """Writes out.csv and out.json, with `more` in the latter. None is a result to come."""
     with command.replacing(f"{out}.csv") as temporary, \
             temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
         rows.writerow(["submission", *points, "total"])
         for name, result in results.items():
-            rows.writerow([name, *result["points"].values(), result["total"]])
+            cells = [""] * (len(points) + 1)
+            if result is not None:
+                cells = [*result["points"].values(), result["total"]]
+            rows.writerow([name, *cells])
     with command.replacing(f"{out}.json") as temporary:
-        content = {"assignment": assignment, "points": points, "submissions": results}
+        content = {"assignment": assignment, "points": points, "submissions": results, **more}
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -268,18 +398,24 @@ def main():
     parser.add_argument("submissions", type=Path, help="a folder of NAME/student.py")
     parser.add_argument("--out", type=Path, default=Path("grades"),
                         help="writes OUT.csv and OUT.json (default: grades)")
-    parser.add_argument("--times", type=float, default=10,
+    parser.add_argument("--times", type=command.finite, default=10,
                         help="time limit of a run, as a multiple of the solution's (10)")
-    parser.add_argument("--memory", type=float, default=4, help="memory limit of a run, GB (4)")
+    parser.add_argument("--memory", type=command.finite, default=4,
+                        help="memory limit of a run, GB (4)")
     parser.add_argument("--jobs", type=int, help="submissions at once (default: one a core)")
     args = parser.parse_args()
-    if min(args.times, args.memory, 1 if args.jobs is None else args.jobs) <= 0:
-        raise ValueError("--times, --memory and --jobs must be more than 0")
-    for suffix in (".csv", ".json"):
-        command.check_writable(f"{args.out}{suffix}")
-    results = grade(args.assignment, args.submissions, args.times, args.memory * 1e9, args.jobs)
+    if not 2 <= args.times <= MOST:  # with less a right answer may be late by chance
+        raise ValueError(f"--times must be from 2 to {MOST:g}, not {args.times:g}")
+    if not 0 < args.memory <= MOST or (args.jobs is not None and args.jobs < 1):
+        raise ValueError(f"--memory must be more than 0 and {MOST:g} at most, --jobs 1 or more")
+    if not args.out.name:
+        raise ValueError(f"--out is the beginning of a file's name, not {args.out}")
+    find(args.assignment)  # a wrong name is told before a folder is made
+    folders.names_in(args.submissions)
+    with command.locked(args.out.parent):
+        results = grade(args.assignment, args.submissions, args.times, args.memory * 1e9,
+                        args.jobs, args.out)
     points = read_points(ASSIGNMENTS / args.assignment)
-    write(args.out, args.assignment, points, results)
     mean = statistics.mean(result["total"] for result in results.values())
     print(f"{len(results)} submissions, {mean:.1f} of {sum(points.values())} points on average; "
           f"wrote {args.out}.csv and {args.out}.json")

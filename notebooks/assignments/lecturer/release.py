@@ -7,13 +7,12 @@ It takes what is on the disk, so that a clone, a copy and an assignment that is 
 all work. Before it writes, it looks for the solutions in every file that would go out. A stub that
 no longer raises for one of its tasks, or a line of 30 characters or more from the body of a
 solution's function, in a module, a notebook or a text, is named, and nothing is written.
+
+It takes known files only (KNOWN), and of a clone those that git tracks, or would if they were added
+to a new assignment. So submissions, grades and withheld cases that lie about stay where they are.
 """
 
-import argparse
-import ast
-import re
 import sys
-import zipfile
 from pathlib import Path
 
 LECTURER = Path(__file__).resolve().parent
@@ -21,25 +20,75 @@ ASSIGNMENTS = LECTURER.parent
 ROOT = ASSIGNMENTS.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import command  # noqa: E402 (found on the path from here on)
+if __name__ == "__main__":
+    import interrupt  # noqa: F401, before the slow imports
 
-RELEASED = (
+import argparse  # noqa: E402 (from here on the project's modules are on the path)
+import ast  # noqa: E402
+import collections  # noqa: E402
+import re  # noqa: E402
+import subprocess  # noqa: E402
+import warnings  # noqa: E402
+import zipfile  # noqa: E402
+
+import command  # noqa: E402
+
+ASSIGNMENT = ("README.md", "student.py", "cases.py", "test_student.py", "plots.ipynb",
+              "leaderboard.py", "conftest.py")  # what belongs to an assignment
+KNOWN = (
     "*.py", "README.md", "LICENSE*", "Makefile", "pyproject.toml", "requirements*.txt",
-    "constraints.txt", "data/**/*", "checkpoints/**/*", "docs/**/*", "experiments/**/*",
-    "notebooks/**/*",
+    "constraints.txt", "data/*.npz", "data/*.csv", "data/*.txt", "data/README.md",
+    "checkpoints/*.safetensors", "checkpoints/*.npz", "checkpoints/README.md",
+    "checkpoints/table/*.json", "checkpoints/table/*.safetensors", "docs/*.md", "docs/*.png",
+    "experiments/*.py", "notebooks/*.ipynb", "notebooks/*.py", "notebooks/README.md",
+    "notebooks/assignments/README.md", "notebooks/assignments/conftest.py",
+    "notebooks/assignments/folders.py",
+    *(f"notebooks/assignments/a[0-9]*/{name}" for name in ASSIGNMENT),
 )  # fmt: skip
 SUBSTANTIAL = 30  # characters
 
 
 def released_files():
-    """The files that go out, as paths from the root, sorted."""
-    found = {path.relative_to(ROOT) for pattern in RELEASED for path in ROOT.glob(pattern)}
-    lecturer = LECTURER.relative_to(ROOT)
-    return sorted(
-        path for path in found
-        if (ROOT / path).is_file() and not path.is_relative_to(lecturer)
+    """The files that go out, as paths from the root, sorted. A warning says how many others lie
+    beside them and stay."""
+    foreign = untracked()
+    found = {path.relative_to(ROOT) for pattern in KNOWN for path in ROOT.glob(pattern)
+             if is_own(path)}
+    found = {path for path in found if path.as_posix() not in foreign}
+    folders = ("data", "checkpoints", "docs", "experiments", "notebooks")
+    beside = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")}
+    stay = collections.Counter(
+        path.parent.as_posix() for path in sorted(beside - found)
+        if not (ROOT / path).is_dir() and not path.is_relative_to(LECTURER.relative_to(ROOT))
         and not any(part.startswith((".", "__pycache__")) for part in path.parts)
     )
+    if stay:
+        words = ", ".join(f"{count} in {folder}" for folder, count in stay.items())
+        warnings.warn(f"not known as a part of the course, so left out: {words}", stacklevel=2)
+    return sorted(found)
+
+
+def is_own(path):
+    """Whether a path is an ordinary file of this repository, not a link to one elsewhere."""
+    return path.is_file() and path.resolve().is_relative_to(ROOT.resolve())
+
+
+def untracked():
+    """In a clone, the files that git does not track: a set of paths from the root, as text. Those
+    of an assignment that is not committed yet do not count: without its test_student.py nobody
+    could have put it there by mistake."""
+    if not (ROOT / ".git").exists():
+        return set()
+    try:
+        listed = subprocess.run(["git", "ls-files", "--others", "-z"], cwd=ROOT, check=True,
+                                capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        warnings.warn("git does not say what it tracks here: every file with a known name goes out",
+                      stacklevel=2)
+        return set()
+    names = {name.decode(errors="surrogateescape") for name in listed.split(b"\0") if name}
+    new = {Path(name).parent for name in names if Path(name).name == "test_student.py"}
+    return {name for name in names if Path(name).parent not in new}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,6 +137,22 @@ def solution_lines(folder):
                   if len(line) >= SUBSTANTIAL and not re.match(r"for .* in .*:$", line))
 
 
+def withheld_lines(folder):
+    """The substantial lines of the withheld cases that are not in those that students see.
+    Raises ValueError if the seeds of both are the same: then the withheld file was put there."""
+    withheld = LECTURER / "solutions" / folder.name / "cases.py"
+    if not withheld.is_file() or not (folder / "cases.py").is_file():
+        return []
+    theirs, ours = (path.read_text(encoding="utf-8") for path in (folder / "cases.py", withheld))
+    seeds = [re.findall(r"^SEEDS *=.*", text, re.MULTILINE) for text in (theirs, ours)]
+    if theirs == ours or (seeds[0] and seeds[0] == seeds[1]):
+        raise ValueError(f"{folder.relative_to(ROOT)}/cases.py has the withheld numbers: restore "
+                         "the one that students see")
+    lines = {line.strip() for line in ours.splitlines()} - {
+        line.strip() for line in theirs.splitlines()}
+    return sorted(line for line in lines if len(line) >= SUBSTANTIAL and "=" in line)
+
+
 def squeezed(text):
     """A text without white space, quotes and backslashes, in which a line of code is the same
     however it is indented or stored (a notebook is JSON), and without pictures."""
@@ -99,7 +164,8 @@ def check(paths):
     folders = sorted(file.parent for file in ASSIGNMENTS.glob("a*/student.py"))
     for folder in folders:
         check_stub(folder)
-    forbidden = [(folder.name, line) for folder in folders for line in solution_lines(folder)]
+    forbidden = [(folder.name, line) for folder in folders
+                 for line in [*solution_lines(folder), *withheld_lines(folder)]]
     forbidden = [(name, line, squeezed(line)) for name, line in forbidden]
     leaks = []
     for path in paths:
@@ -116,6 +182,7 @@ def check(paths):
 def make(out):
     """Writes the zip: every file under a folder named like it. -> the paths in it.
     The same files always make the same zip. Raises ValueError if a solution would go out."""
+    command.check_writable(out)
     paths = released_files()
     check(paths)
     with command.replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
