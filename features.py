@@ -5,11 +5,13 @@ metrics work without a download, a small classifier of digits and a small CLIP f
     pooled, spatial, logits = network(images)        # images uint8 (B, 3, H, W)
 
 Each returns three kinds of features from one pass: `pooled` (B, D) for FID, precision and recall;
-`spatial` (B, S) for sFID; `logits` (B, classes) for the Inception score.
+`spatial` (B, S) for sFID; `logits` (B, classes) for the Inception score. `network.sizes` are (D, S,
+classes), with None in place of classes if there are none.
 
 Notation: B images, C channels, H and W sides in pixels, D pooled and S spatial features.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,8 @@ class Inception(nn.Module):
     Raises ValueError for another name.
     """
 
+    sizes = 2048, 2023, 1008
+
     def __init__(self, resize="tf1"):
         super().__init__()
         if resize not in ("tf1", "pytorch-fid"):
@@ -235,12 +239,15 @@ class Inception(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # The network for digits
 
+GREY = 16  # levels of 255 between the channels of a grey picture at most, which JPEG may put there
+
 
 class DigitsClassifier(nn.Module):
     """A small convolutional classifier of the ten digits, trained by experiments/pretrain.py on the
     shipped digits only. Its features take the place of Inception's."""
 
     name = "digits classifier"
+    sizes = 64, 196, 10
 
     def __init__(self):
         super().__init__()
@@ -254,10 +261,13 @@ class DigitsClassifier(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, 28, 28), three equal channels -> pooled (B, 64), the input of the last
         layer; spatial (B, 196), the first 4 channels of `conv4`; logits (B, 10). Raises ValueError
-        for another size."""
+        for another size, and warns of colours, as only red is looked at."""
         if images.shape[2:] != (28, 28):
             H, W = images.shape[2:]
             raise ValueError(f"the digits classifier takes 28 x 28 images, not {H} x {W}")
+        if (images.amax(1) - images.amin(1)).max() > GREY:
+            warnings.warn("images in colour: the digits classifier looks at their red only",
+                          stacklevel=2)
         x = images[:, :1].to(self.fc.weight.dtype) / 127.5 - 1         # (B,   1, 28, 28)
         x = self.conv3(self.conv2(self.conv1(x)))                      # (B,  32, 14, 14)
         x = self.conv4(x)                                              # (B,  64,  7,  7)
@@ -276,6 +286,7 @@ class EmojiEncoder(nn.Module):
     features take the place of Inception's, its cosines the place of CLIP's."""
 
     name = "emoji encoder"
+    sizes = 96, 256, None
 
     def __init__(self):
         super().__init__()
@@ -324,7 +335,9 @@ def read_weights(path, network):
     which nothing here uses, are the network's own: not every file has them. Raises as
     `checkpoint.read` and `checkpoint.fitted` do."""
     state = checkpoint.read(path)
-    counters = {k: v for k, v in network.state_dict().items() if k.endswith("batches_tracked")}
+    # As floating point, because what `fitted` lets pass are weights.
+    counters = {k: v.float() for k, v in network.state_dict().items()
+                if k.endswith("batches_tracked")}
     return checkpoint.fitted(state | counters, network, path)
 
 
@@ -386,8 +399,36 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
             raise ValueError(f"{pretrained} holds no weights of {model}: {reason}") from error
         raise ConnectionError(f"could not get {pretrained} of {model} ({reason}): download "
                               "it where there is a network, and give its file") from error
+    check_clip(network, pretrained)
     network.eval().requires_grad_(False).to(device)
     return network, preprocess, open_clip.get_tokenizer(model)
+
+
+def check_clip(network, pretrained):
+    """Raises ValueError for a CLIP network loaded from what are no weights: whole numbers, NaN.
+    `pretrained` is a tag, or the file: loading has already made its whole numbers floating point.
+    """
+    weights = dict(network.named_parameters())
+    for name, value in weights.items():
+        checkpoint.check_weight(value, f"{pretrained}: {name}")
+    if Path(pretrained).suffix not in (".npz", ".npy") and Path(pretrained).is_file():
+        from open_clip.factory import load_state_dict
+
+        for name, value in load_state_dict(str(pretrained)).items():
+            if name in weights:
+                checkpoint.check_weight(value, f"{pretrained}: {name}")
+
+
+def cut(prompts, tokens, tokenizer):
+    """Those of B prompts whose end is cut: tokens (B, L) of an open_clip tokenizer -> a list of
+    prompts. (The emoji's tokens (B, L, C) have their own warning.)"""
+    if tokens.ndim != 2:
+        return []
+    L, padding = tokens.shape[1], tokenizer([""])[0, -1]
+    full = [prompt for prompt, row in zip(prompts, tokens, strict=True) if row[-1] != padding]
+    # A prompt of L tokens fills its row as a longer one does; with more room they differ.
+    return [prompt for prompt in full
+            if tokenizer([prompt], context_length=L + 1)[0, -1] != padding]
 
 
 def preprocess_emoji(image):

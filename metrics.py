@@ -1,5 +1,6 @@
 """How good are these images? FID, sFID, Inception score, precision and recall, as the ADM evaluator
-defines them (Dhariwal and Nichol 2021, appendix), and the CLIP score, in readable code.
+defines them (Dhariwal and Nichol 2021, appendix; docs/METRICS.md has the differences), and the CLIP
+score, in readable code.
 
     python sample.py --num-samples 2000 --batch-size 200 --out samples.npz
     python metrics.py samples.npz                    # against the shipped digits
@@ -13,13 +14,10 @@ if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
 import argparse
-import contextlib
-import dataclasses
 import itertools
 import json
 import sys
-import zipfile
-import zlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,38 +31,31 @@ import features
 import models
 import pictures
 import shipped
+from feature_statistics import (  # noqa: F401, as notebooks use Moments from here
+    Moments,
+    Statistics,
+    able,
+    extract,
+    full_precision,
+    known,
+    load_statistics,
+    look,
+    of_network,
+    save_statistics,
+    statistics_of,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Frechet distance
 
 
-class Moments:
-    """Mean and covariance of a stream of vectors, float64 (Chan, Golub and LeVeque 1979)."""
-
-    def __init__(self):
-        self.n, self.mean, self.scatter = 0, 0.0, 0.0  # scatter = sum (x - mean) (x - mean)^T
-
-    def add(self, x):
-        """Adds a batch x (B, D)."""
-        x = x.double()
-        B, mean = len(x), x.mean(0)
-        centred, delta = x - mean, mean - self.mean
-        self.scatter = self.scatter + centred.T @ centred
-        # The two scatters are about two means: this term moves both to the common mean.
-        self.scatter += torch.outer(delta, delta) * (self.n * B / (self.n + B))
-        self.mean = self.mean + delta * (B / (self.n + B))
-        self.n += B
-
-    @property
-    def covariance(self):
-        """(D, D), divided by n - 1."""
-        return self.scatter / (self.n - 1)
-
-
 def square_root(sigma):
     """A covariance matrix sigma (D, D) -> A (D, rank) with sigma = A A^T. Eigenvalues that are zero
-    up to rounding are left out; with fewer images than features most are zero."""
+    up to rounding are left out; with fewer images than features most are zero. Raises ValueError if
+    there are clearly negative ones."""
     values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)  # rounding breaks the symmetry
+    if values[0] < -1e-3 * values.abs().max():
+        raise ValueError(f"no covariance: it has the eigenvalue {values[0]:.3g}")
     kept = values > values[-1].abs() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -77,13 +68,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     With sigma1 = A A^T and sigma2 = B B^T the eigenvalues of sigma1 sigma2 are the squared singular
     values of A^T B, so the last trace is the sum of these singular values: stable for singular
     matrices, where a matrix square root needs a multiple of I added. mu (D,), sigma (D, D), arrays
-    or tensors -> float. Raises ValueError for other shapes and for values that are not finite.
+    or tensors -> float. Raises ValueError for other shapes (of one feature, too, they are (1,) and
+    (1, 1)), for what is no covariance, and for values that are not finite.
     """
-    tensors = [torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = tensors
-    D, shapes = len(mu1), [tuple(x.shape) for x in tensors]
-    if shapes != [(D,), (D, D)] * 2:
-        raise ValueError(f"means and covariances of shapes {shapes} do not go together")
+    tensors = [torch.as_tensor(x) for x in (mu1, sigma1, mu2, sigma2)]
+    if any(x.is_complex() for x in tensors):
+        raise ValueError("means and covariances must be real")
+    mu1, sigma1, mu2, sigma2 = tensors = [x.double() for x in tensors]
+    D, shapes = mu1.numel(), [tuple(x.shape) for x in tensors]
+    if shapes != [(D,), (D, D)] * 2 or not D:
+        raise ValueError(f"means and covariances of shapes {shapes} do not go together: (D,) and "
+                         "(D, D), twice")
     if not all(x.isfinite().all() for x in tensors):
         raise ValueError("means and covariances must be finite: were the features?")
     cross = torch.linalg.svdvals(square_root(sigma1).T @ square_root(sigma2)).sum()
@@ -98,11 +93,19 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, split_size=5000):
     """exp E_x KL(p(y|x) || p(y)), the mean over splits (Salimans et al. 2016, section 4).
 
-    logits (N, classes), in the order of the images -> float. p(y) is the mean over a split of
-    `split_size` images; the last split may be smaller, as in the ADM evaluator.
+    logits (N, classes) -> float. p(y) is the mean over a split. The images are first permuted by a
+    fixed seed, then split into as many equal parts as have `split_size` images or more. The ADM
+    evaluator splits them in their order, in which a split may hold few of the classes, and its last
+    split is the rest, which may be one image with a score of 1: either can halve the mean. Up to
+    5,000 images are one split, here as there. Raises ValueError for none, and for NaN.
     """
+    if logits.ndim != 2 or not logits.numel() or not logits.isfinite().all():
+        raise ValueError(f"the Inception score needs finite logits (N, classes), not "
+                         f"{tuple(logits.shape)}")
+    N = len(logits)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(logits.device)
     scores = []
-    for part in logits.double().split(split_size):
+    for part in logits[order].double().tensor_split(max(1, N // split_size)):
         log_p = part.log_softmax(1)
         p = log_p.exp()
         # A class that no image has adds 0 to the sum; unclamped, it would add 0 * inf = NaN.
@@ -115,19 +118,6 @@ def inception_score(logits, split_size=5000):
 # Precision and recall
 
 BLOCK = 2**26  # distances in memory at a time: 256 MB
-
-
-@contextlib.contextmanager
-def full_precision():
-    """Switches TF32 off inside the block: its 10 bits of mantissa are too few for distances."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def blocks(a, b):
@@ -156,10 +146,10 @@ def precision_recall(samples, reference, k=3):
     Precision is the share of samples inside the reference's manifold; recall the share of reference
     images inside the samples' manifold. A manifold is the union of one ball per image, its radius
     the distance to the k-th nearest image of the same set. samples (N, D), reference (M, D) -> two
-    floats. Raises ValueError for k or fewer images.
+    floats. Raises ValueError for k or fewer images, and for k below 1.
     """
-    if min(len(samples), len(reference)) <= k:
-        raise ValueError(f"{k} nearest neighbours need more than {k} images")
+    if k < 1 or min(len(samples), len(reference)) <= k:
+        raise ValueError(f"{k} nearest neighbours need more than {k} images, and k is 1 or more")
     with full_precision():
         centre = reference.mean(0)
         samples, reference = samples - centre, reference - centre
@@ -174,13 +164,29 @@ def precision_recall(samples, reference, k=3):
 
 def nearest_distance(samples, reference):
     """Does a model only memorise? The mean distance from a sample to the nearest reference image,
-    and, to compare, from a reference image to the nearest other one. For copies the first is 0; for
-    new images both are about equal. samples (N, D), reference (M, D) -> two floats."""
+    and, to compare, from a reference image to the nearest other one. For new images both are about
+    equal. For copies the first is 0, but for the rounding of features, which may differ with the
+    batch. samples (N, D), reference (M, D) -> two floats. Raises ValueError for no samples, or
+    fewer than two reference images."""
+    if not len(samples) or len(reference) < 2:
+        raise ValueError("nearest distances need one sample and two reference images or more")
     with full_precision():
         centre = reference.mean(0)
         samples, reference = samples - centre, reference - centre
-        nearest = torch.cat([squared.amin(1) for _, squared in blocks(samples, reference)])
-        return nearest.sqrt().mean().item(), neighbour_radii(reference, 1).sqrt().mean().item()
+        return (distance_to_nearest(samples, reference).mean().item(),
+                distance_to_nearest(reference, reference, itself=False).mean().item())
+
+
+def distance_to_nearest(a, b, itself=True):
+    """The distance from each of a (N, D) to the nearest of b (M, D) -> (N,) float64. If not
+    `itself`, a is b, and an image does not count as its own neighbour."""
+    distances = []
+    for rows, squared in blocks(a, b):
+        if not itself:
+            squared.diagonal(rows.start).fill_(torch.inf)
+        # `blocks` rounds: of a distance of 0 about 0.01 would be left. The difference is exact.
+        distances.append((a[rows] - b[squared.argmin(1)]).double().norm(dim=1))
+    return torch.cat(distances)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,29 +197,40 @@ def nearest_distance(samples, reference):
 def clip_score(images, prompts, clip, batch_size=64):
     """100 max(cos(image, prompt), 0), the mean over pairs (Hessel et al. 2021, equation 1, with
     weight 100). images: N arrays uint8 (H, W, 3); prompts: N strings; clip: the result of
-    `features.load_clip` -> float. Raises ValueError if there are not as many prompts as images."""
+    `features.load_clip` -> float. Warns of prompts that are cut, as they have more tokens than CLIP
+    looks at. Raises ValueError if there are not as many prompts as images, or none."""
     network, preprocess, tokenizer = clip
     device = next(network.parameters()).device
     pairs = zip(images, prompts, strict=True)
-    scores = []
+    scores, long = [], []
     with full_precision(), tqdm(total=len(prompts), unit="image", desc="CLIP", disable=None) as bar:
         while batch := list(itertools.islice(pairs, batch_size)):
             pixels = torch.stack([preprocess(Image.fromarray(image)) for image, _ in batch])
-            tokens = tokenizer([prompt for _, prompt in batch])
+            words = [prompt for _, prompt in batch]
+            tokens = tokenizer(words)
+            long += features.cut(words, tokens, tokenizer)
             image = network.encode_image(pixels.to(device), normalize=True)  # (B, D) of length 1
             text = network.encode_text(tokens.to(device), normalize=True)  # the same
             scores.append(100 * (image * text).sum(1).clamp(min=0).double().cpu())
             bar.update(len(batch))
+    if long:
+        warnings.warn(f'{len(long)} of {len(prompts)} captions have more than {tokens.shape[1]} '
+                      f'tokens, and CLIP sees no further: "{long[0][:40]}..."', stacklevel=2)
+    if not scores:
+        raise ValueError("the CLIP score needs an image or more")
     return torch.cat(scores).mean().item()
 
 
 def paired_error(images, uncached):
     """How far images are from those made without a cache from the same noise: the mean squared
     error of pixels in [-1, 1], and the mean SSIM. Both uint8 (N, H, W, 3) -> two floats. Raises
-    ValueError for unequal shapes or sides below 11."""
-    if images.shape != uncached.shape or min(images.shape[1:3]) < 11:
+    ValueError for unequal shapes, no images, sides below 11, or pixels that are not uint8."""
+    if (images.shape != uncached.shape or images.ndim != 4 or not len(images)
+            or min(images.shape[1:3]) < 11):
         raise ValueError(f"cannot pair images of {images.shape} and {uncached.shape}: shapes must "
-                         "be equal, and sides 11 pixels or more")
+                         "be equal, (N, H, W, 3), and sides 11 pixels or more")
+    if images.dtype != np.uint8 or uncached.dtype != np.uint8:
+        raise ValueError(f"cannot pair pixels of {images.dtype} and {uncached.dtype}: use uint8")
     mse, ssim = 0.0, 0.0
     for x, y in zip(images, uncached, strict=True):
         x, y = x / 127.5 - 1, y / 127.5 - 1
@@ -238,110 +255,6 @@ def similarity(x, y):
 
 
 # ------------------------------------------------------------------------------------------------
-# Statistics: the features of a set of images
-
-SHIPPED_STATISTICS = {  # (source, network): file
-    ("digits", "digits classifier"): features.SHIPPED / "digits_statistics.npz",
-    ("digits-held-out", "digits classifier"): features.SHIPPED / "digits_held_out_statistics.npz",
-}
-ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "pooled", "logits")
-ADM_NETWORK = "Inception 2015-12-05, resize tf1"  # ADM's files do not name their network
-
-
-@dataclasses.dataclass
-class Statistics:
-    """Means and covariances of the pooled and of the spatial features. Where they are known, also
-    the features of the single images: precision, recall and the Inception score need them."""
-
-    network: str  # the name of the feature network
-    count: int | None  # of images; None: the file does not say
-    mu: torch.Tensor  # (D,) float64
-    sigma: torch.Tensor  # (D, D)
-    mu_s: torch.Tensor  # (S,)
-    sigma_s: torch.Tensor  # (S, S)
-    pooled: torch.Tensor | None = None  # (N, D) float32
-    logits: torch.Tensor | None = None  # (N, classes)
-
-
-@torch.no_grad()
-def extract(source, network, batch_size=64, title="features"):
-    """Runs all images of `source` (see `pictures.read`) through a feature network -> Statistics.
-
-    Only the features stay in memory: 12 KB an image for Inception. `title` names the source on the
-    progress bar. Raises ValueError for fewer than two images, and as `pictures.read` does.
-    """
-    total, images = pictures.read(source)
-    if total < 2:
-        raise ValueError(f"{total} images in {title}: statistics need two or more")
-    device = next(network.parameters()).device
-    moments, spatial_moments, kept = Moments(), Moments(), []
-    with full_precision():
-        for batch in pictures.batches(images, total, batch_size, title):
-            pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device)  # (B, 3, H, W)
-            pooled, spatial, logits = (x if x is None else x.float().cpu() for x in network(pixels))
-            moments.add(pooled)
-            spatial_moments.add(spatial)
-            kept.append((pooled, logits))
-    pooled, logits = zip(*kept, strict=True)
-    pooled, logits = torch.cat(pooled), None if logits[0] is None else torch.cat(logits)
-    return Statistics(network.name, total, moments.mean, moments.covariance,
-                      spatial_moments.mean, spatial_moments.covariance, pooled, logits)
-
-
-def save_statistics(path, statistics):
-    """Writes an npz that the ADM evaluator can read, with `network`, `images` (their number),
-    `pooled` and `logits` besides."""
-    arrays = {key: getattr(statistics, key) for key in ARRAYS}
-    arrays = {key: array.numpy() for key, array in arrays.items() if array is not None}
-    with command.replacing(path) as temporary:
-        np.savez_compressed(temporary, network=statistics.network, images=statistics.count,
-                            **arrays)
-
-
-def load_statistics(path):
-    """Reads an npz of `save_statistics` or of ADM's authors -> Statistics, or None if it has images
-    only. Raises ValueError if it is damaged or incomplete."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an npz file, or not a whole one")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if "mu" not in data:
-                return None
-            arrays = {key: torch.from_numpy(data[key]) for key in ARRAYS if key in data}
-            network = str(data["network"]) if "network" in data else ADM_NETWORK
-            count = int(data["images"]) if "images" in data else None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole npz of statistics: {error}") from error
-    missing = [key for key in ARRAYS[:4] if key not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return Statistics(network, count, **arrays)
-
-
-def statistics_of(source, network, batch_size=64, title="features"):
-    """Statistics of a set of images: passed on, if `source` is Statistics; read, if there is a file
-    of them; else from `extract`. Raises ValueError if the file's are of another network, and as
-    `extract` does."""
-    if isinstance(source, Statistics):
-        return source
-    if not isinstance(source, str | Path):
-        return extract(source, network, batch_size, title)
-    path = Path(SHIPPED_STATISTICS.get((str(source), network.name), source))
-    known = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
-    if known is None:
-        return extract(source, network, batch_size, title)
-    if known.network != network.name:
-        raise ValueError(f"{path} holds statistics of another network: of {known.network}, not of "
-                         f"{network.name}; see --features and --resize")
-    with zipfile.ZipFile(path) as archive:
-        has_images = "arr_0.npy" in archive.namelist()
-    if has_images:  # ADM's references: 10,000 images beside the statistics of a whole data set
-        seen = extract(path, network, batch_size, title)
-        known = dataclasses.replace(known, pooled=seen.pooled, logits=seen.logits)
-    return known
-
-
-# ------------------------------------------------------------------------------------------------
 # All metrics of one set against another
 
 METRICS = {  # name: (title in the table, which values are better)
@@ -356,17 +269,16 @@ METRICS = {  # name: (title in the table, which values are better)
 
 
 def choose_metrics(samples, reference, names=None):
-    """`names`, by default all that the Statistics suffice for. Raises ValueError for others."""
-    allowed = ["fid", "sfid"]
-    allowed += ["is"] if samples.logits is not None else []
-    if all(x.pooled is not None and len(x.pooled) > 3 for x in (samples, reference)):
-        allowed += ["precision", "recall", "nearest"]
+    """`names`, by default all that two sets suffice for, whose lists of `able` these are. Raises
+    ValueError for others."""
+    allowed = [name for name in METRICS if name in samples and (name in reference or name == "is")]
     names = allowed if names is None else names
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name}: use {', '.join(METRICS)}")
         if name not in allowed:
             needs = {"is": "images, not only statistics, and a network that predicts classes",
+                     "sfid": "mu_s and sigma_s, the statistics of spatial features, of both sets",
                      "clip": "captions: use clip_score"}
             images = "more than 3 images in each set, not only statistics"
             raise ValueError(f"{name} needs {needs.get(name, images)}")
@@ -378,10 +290,10 @@ def compare(samples, reference, metrics=None, device="cpu"):
     names, by default all that the two suffice for. `nearest` comes with `nearest_reference`, the
     second value of `nearest_distance`. Raises ValueError for Statistics of two networks, and for
     metrics that need more than them, as clip does."""
-    if samples.network != reference.network:
-        raise ValueError(f"features of {samples.network} and of {reference.network} cannot be "
-                         "compared")
-    metrics = choose_metrics(samples, reference, metrics)
+    if samples.network != reference.network or len(samples.mu) != len(reference.mu):
+        raise ValueError(f"{len(samples.mu)} features of {samples.network} and "
+                         f"{len(reference.mu)} features of {reference.network} cannot be compared")
+    metrics = choose_metrics(able(samples), able(reference), metrics)
     values, a, b = {}, samples, reference
     if "fid" in metrics:
         values["fid"] = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
@@ -408,19 +320,18 @@ def evaluate(samples, reference="digits", metrics=None, network=None, batch_size
     Raises ValueError, FileNotFoundError or ConnectionError, with one line that says what to do."""
     if network is None:
         network = features.load(usual_features(reference))
-    samples = statistics_of(samples, network, batch_size, "samples")
     reference = statistics_of(reference, network, batch_size, "reference")
+    samples = statistics_of(samples, network, batch_size, "samples")
     return compare(samples, reference, metrics, next(network.parameters()).device)
 
 
 def usual_features(reference):
     """The feature network for a reference, by name: that of a shipped data set, that of statistics,
     else inception."""
-    if isinstance(reference, str) and reference in pictures.NAMED:
+    if isinstance(reference, str) and pictures.is_named(reference):
         return reference.split("-")[0]  # digits-held-out: digits
-    if isinstance(reference, str | Path) and Path(reference).suffix == ".npz":
-        reference = load_statistics(reference) if Path(reference).is_file() else None
-    name = reference.network if isinstance(reference, Statistics) else ""
+    statistics = known(reference)
+    name = statistics.network if statistics else None
     return {"digits classifier": "digits", "emoji encoder": "emoji"}.get(name, "inception")
 
 
@@ -429,30 +340,40 @@ def usual_features(reference):
 
 
 def read_arguments():
-    """The flags, `metrics` as a list of names or None for all that are possible. What can be found
-    wrong before any work is done is found here: raises ValueError, or OSError."""
+    """The flags, `metrics` as a list of names or None for all that are possible. Raises ValueError
+    for flags that do not go together."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", help="a folder of images, an npz file, or digits, emoji, ...")
-    parser.add_argument("--reference", default="digits", help="what the samples are compared with, "
-                        "given in the same ways, or an npz of statistics (digits)")
-    parser.add_argument("--metrics", help=f"a list of {','.join(METRICS)}; default: all possible")
-    parser.add_argument("--features", help="inception, digits or emoji (as the reference needs)")
-    parser.add_argument("--weights", help="Inception's weights, if not pytorch-fid's")
+    parser.error = refuse
+    parser.add_argument("samples", type=command.name,
+                        help="a folder of images, an npz file, or digits, emoji, ...")
+    parser.add_argument("--reference", type=command.name, default="digits",
+                        help="what the samples are compared with, given in the same ways, or an "
+                        "npz of statistics (digits)")
+    parser.add_argument("--metrics", type=command.name,
+                        help=f"a list of {','.join(METRICS)}; default: all possible")
+    parser.add_argument("--features", type=command.name,
+                        help="inception, digits or emoji (as the reference needs)")
+    parser.add_argument("--weights", type=command.name,
+                        help="Inception's weights, if not pytorch-fid's")
     parser.add_argument("--resize", default="tf1", choices=["tf1", "pytorch-fid"],
                         help="Inception's preprocessing (tf1)")
-    parser.add_argument("--captions", help="a file with one caption a line, in the order of the "
-                        "images' names, sorted as text (007.png before 010.png)")
-    parser.add_argument("--clip-model", default="ViT-B-32",
+    parser.add_argument("--captions", type=command.name, help="a file with one caption a line, in "
+                        "the order of the images' names, numbers in them by value (2.png before "
+                        "10.png)")
+    parser.add_argument("--clip-model", type=command.name, default="ViT-B-32",
                         help="a model of open_clip, or emoji for the shipped encoder (ViT-B-32)")
-    parser.add_argument("--clip-pretrained", default="openai", help="tag or file of its weights")
+    parser.add_argument("--clip-pretrained", type=command.name, default="openai",
+                        help="tag or file of its weights (openai)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--save-stats", type=Path, help="write the samples' statistics, an npz")
+    parser.add_argument("--device", type=command.name,
+                        help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--save-stats", type=command.name,
+                        help="write the samples' statistics, an npz")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise ValueError("--batch-size must be 1 or more")
+    if not 1 <= args.batch_size <= 2**31:
+        raise ValueError("--batch-size must be 1 or more, and a number of images")
     if args.metrics is not None:
         args.metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
         unknown = [name for name in args.metrics if name not in METRICS]
@@ -460,15 +381,72 @@ def read_arguments():
             raise ValueError(f"unknown metric {', '.join(unknown)}: use {', '.join(METRICS)}")
         if ("clip" in args.metrics) != bool(args.captions):
             raise ValueError("the CLIP score and --captions FILE go together")
-    if args.save_stats:
-        if args.save_stats.suffix != ".npz":
-            raise ValueError(f"--save-stats takes a name that ends in .npz, not {args.save_stats}")
-        command.check_writable(args.save_stats)
+    check_save_stats(args)
     args.device = models.find_device(args.device)
-    for source in (args.samples, *([args.reference] if args.metrics != ["clip"] else [])):
-        if not (source.endswith(".npz") and Path(source).is_file() and load_statistics(source)):
-            pictures.read(source)
     return args
+
+
+def refuse(message):
+    """In place of argparse's own way, which also prints a page of usage."""
+    raise ValueError(f"{message} (--help lists the flags)")
+
+
+def check_save_stats(args):
+    """Raises ValueError for a --save-stats that would destroy what is read, or never be written."""
+    if args.save_stats is None:
+        return
+    if Path(args.save_stats).suffix != ".npz":
+        raise ValueError(f"--save-stats takes a name that ends in .npz, not {args.save_stats}")
+    if args.metrics == ["clip"]:
+        raise ValueError("the CLIP score alone makes no statistics: leave --save-stats out")
+    command.check_not_read(args.save_stats, args.samples, args.reference, args.captions,
+                           args.weights, args.clip_pretrained)
+
+
+def read_captions(args):
+    """The captions of the samples: a list, None without --captions. Raises ValueError if there are
+    not as many as images, or none; FileNotFoundError."""
+    if not args.captions:
+        return None
+    total, captions = pictures.read(args.samples)[0], shipped.read_lines(args.captions)
+    if len(captions) != total or not total:
+        raise ValueError(f"{args.captions} has {len(captions)} captions for {total} images")
+    return captions
+
+
+def open_sets(args):
+    """Samples and reference before any image is looked at: Statistics where the file holds them,
+    else what was given. Raises ValueError if either is no set of two or more images, or damaged."""
+    sets = []
+    for name in (args.samples, args.reference):
+        sets.append(known(name) or name)
+        images = sets[-1].images if isinstance(sets[-1], Statistics) else name
+        total = 2 if images is None else pictures.read(images)[0]
+        if total < 2:
+            raise ValueError(f"{total} images in {name}: statistics need two or more")
+    return sets
+
+
+def prepare(args, names):
+    """Finds before the long work what would fail in the middle of it -> the network, samples and
+    reference for `statistics_of`. Of each set the first image is looked at. Raises ValueError."""
+    sets = open_sets(args)
+    kind = args.features or usual_features(sets[1])
+    network = features.load(kind, args.weights, args.device, args.resize)
+    shapes = []
+    for j, name in enumerate((args.samples, args.reference)):
+        images = sets[j]
+        if isinstance(images, Statistics):
+            sets[j], images = of_network(images, network, name), images.images
+        if images is not None:
+            first = next(pictures.read(images)[1])
+            look(np.stack([first]), network)
+            shapes.append(" x ".join(map(str, first.shape[:2])))
+    choose_metrics(*(able(each, network) for each in sets), names)
+    if len(set(shapes)) > 1:
+        warnings.warn(f"samples are {shapes[0]}, the reference {shapes[1]}: their metrics also "
+                      "measure what resizing does", stacklevel=2)
+    return network, *sets
 
 
 def table(values, networks):
@@ -485,36 +463,36 @@ def table(values, networks):
 
 def main():
     args = read_arguments()
-    names = args.metrics
-    if args.captions:  # before the long work, as a mistake in the captions shows here
-        total, images = pictures.read(args.samples)
-        captions = shipped.read_lines(args.captions)
-        if len(captions) != total or not total:
-            raise ValueError(f"{args.captions} has {len(captions)} captions for {total} images")
-        clip = features.load_clip(args.clip_model, args.clip_pretrained, args.device)
+    warnings.simplefilter("once")  # folders are listed several times
+    captions = read_captions(args)
+    names = args.metrics and [name for name in args.metrics if name != "clip"]
+    if args.metrics != ["clip"]:
+        network, samples, reference = prepare(args, names)
+    if args.save_stats:
+        command.check_writable(args.save_stats)
 
-    values, networks, sizes = {}, {}, {}
-    if names != ["clip"]:
-        kind = args.features or usual_features(args.reference)
-        network = features.load(kind, args.weights, args.device, args.resize)
-        samples = statistics_of(args.samples, network, args.batch_size, "samples")
+    values, clip_value, networks, sizes = {}, {}, {}, {}
+    if captions:
+        clip = features.load_clip(args.clip_model, args.clip_pretrained, args.device)
+        total, images = pictures.read(args.samples)
+        clip_value = {"clip": clip_score(images, captions, clip, args.batch_size)}
+        networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
+        if args.clip_model == "emoji":
+            networks["clip"] = clip[0].name
+        sizes = {"images": total}
+    if args.metrics != ["clip"]:
+        samples = statistics_of(samples, network, args.batch_size, "samples")
         if args.save_stats:
             save_statistics(args.save_stats, samples)
-        reference = statistics_of(args.reference, network, args.batch_size, "reference")
-        names = names and [name for name in names if name != "clip"]
+        reference = statistics_of(reference, network, args.batch_size, "reference")
         values = evaluate(samples, reference, names, network)
-        networks = dict.fromkeys(values, network.name)
+        networks |= dict.fromkeys(values, network.name)
         sizes = {"images": samples.count, "reference": args.reference,
                  "reference_images": reference.count}
         if samples.count and samples.count <= len(samples.mu):
             print(f"note: {samples.count} images span fewer than the {len(samples.mu)} features; "
                   "FID is biased upwards, compare it at equal numbers only", file=sys.stderr)
-    if args.captions:
-        values["clip"] = clip_score(images, captions, clip, args.batch_size)
-        networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
-        if args.clip_model == "emoji":
-            networks["clip"] = clip[0].name
-        sizes = {"images": total, **sizes}
+    values |= clip_value
 
     if args.json:
         about = {"samples": args.samples, **sizes, "values": values, "networks": networks}

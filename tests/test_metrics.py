@@ -1,8 +1,12 @@
 """Each metric against an independent implementation or a closed form, and the command."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import command
+import feature_statistics
 import features
 import metrics
 import pictures
@@ -43,7 +48,7 @@ def moments(x):
 def test_streamed_moments_equal_numpys_for_any_batch_size():
     x = 1000 + normal(500, 7) @ normal(7, 7, seed=1)  # far from zero, where naive sums lose digits
     for size in (1, 64, 500):
-        stream = metrics.Moments()
+        stream = feature_statistics.Moments()
         for part in x.float().split(size):
             stream.add(part)
         exact = x.float().double().numpy()
@@ -86,6 +91,15 @@ def test_frechet_distance_to_itself_is_zero_with_fewer_images_than_features():
 def test_frechet_distance_refuses_unequal_shapes_and_nan():
     with pytest.raises(ValueError, match="do not go together"):
         metrics.frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
+    for scalars in ([0.0, 1.0, 1.0, 2.0], [np.float64(0), np.array(1.0), np.float64(1), 2]):
+        with pytest.raises(ValueError, match="do not go together"):
+            metrics.frechet_distance(*scalars)
+    with pytest.raises(ValueError, match="do not go together"):
+        metrics.frechet_distance([], np.zeros((0, 0)), [], np.zeros((0, 0)))
+    with pytest.raises(ValueError, match="must be real"):
+        metrics.frechet_distance([1j], [[1]], [0], [[1]])
+    with pytest.raises(ValueError, match="no covariance: it has the eigenvalue -1"):
+        metrics.frechet_distance([0] * 2, torch.diag(torch.tensor([1, -1])), [0] * 2, torch.eye(2))
     with pytest.raises(ValueError, match="must be finite"):
         metrics.frechet_distance(torch.full((3,), torch.nan), torch.eye(3), [0] * 3, torch.eye(3))
 
@@ -95,19 +109,52 @@ def test_frechet_distance_refuses_unequal_shapes_and_nan():
 
 
 def test_inception_score_against_torch_fidelity():
+    """In four splits, each shuffled by the same seed as ours; in one, in any order."""
     logits = normal(1000, 20) * 3
-    expected = isc_features_to_metric(logits, splits=4, shuffle=False)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    expected = isc_features_to_metric(logits[order], splits=4, shuffle=False)
     score = metrics.inception_score(logits.float(), split_size=250)
     assert score == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    whole = isc_features_to_metric(logits, splits=1, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(logits.float()) == pytest.approx(whole, rel=1e-6)
+
+
+def certain(labels):
+    """Logits of a network that is certain of each label."""
+    return 1e3 * torch.nn.functional.one_hot(torch.as_tensor(labels)).double()
 
 
 def test_inception_score_by_hand():
-    """Certain predictions, evenly over 5 classes: 5. Equal predictions: 1. The last split is
-    smaller."""
-    logits = 1e3 * torch.eye(5).repeat(4, 1)
-    assert metrics.inception_score(logits) == pytest.approx(5)
-    assert metrics.inception_score(logits[:7], split_size=5) == pytest.approx((5 + 2) / 2)
+    """Certain predictions: exp of the entropy of the classes, so 5 if 5 are equally frequent. Equal
+    predictions: 1."""
+    assert metrics.inception_score(certain([0, 1, 2, 3, 4] * 4)) == pytest.approx(5)
+    share = torch.tensor([2, 2, 1, 1, 1]) / 7
+    entropy = -(share * share.log()).sum().item()
+    score = metrics.inception_score(certain([0, 1, 2, 3, 4, 0, 1]), split_size=5)
+    assert score == pytest.approx(np.exp(entropy))
     assert metrics.inception_score(torch.ones(9, 5)) == pytest.approx(1)
+
+
+def test_the_order_of_the_images_does_not_halve_the_inception_score():
+    """Ten classes, equally frequent, each certain: 10. In the order of the classes ADM's two splits
+    of 5,000 have five classes each, so a score of 5."""
+    labels = torch.arange(10).repeat_interleave(1000)
+    assert metrics.inception_score(certain(labels)) == pytest.approx(10, abs=0.02)
+    assert metrics.inception_score(certain(labels.view(10, 1000).T.flatten())) == pytest.approx(
+        10, abs=0.02)
+
+
+@pytest.mark.parametrize("more", (1, 50, 4999))
+def test_a_small_rest_does_not_halve_the_inception_score(more):
+    """5,001 images of ten classes: 10. ADM's last split, of one image, has a score of 1."""
+    labels = torch.arange(5000 + more) % 10
+    assert metrics.inception_score(certain(labels)) == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.parametrize("logits", (torch.zeros(0, 5), torch.zeros(5), torch.full((4, 5), torch.nan)))
+def test_inception_score_refuses(logits):
+    with pytest.raises(ValueError, match="needs finite logits"):
+        metrics.inception_score(logits)
 
 
 @pytest.mark.parametrize("block", (2**26, 3000))
@@ -135,6 +182,9 @@ def test_precision_and_recall_of_a_set_with_itself_and_with_one_far_away():
 def test_precision_needs_more_images_than_neighbours():
     with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 images"):
         metrics.precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+    for k in (0, -1):
+        with pytest.raises(ValueError, match="and k is 1 or more"):
+            metrics.precision_recall(torch.zeros(9, 2), torch.zeros(9, 2), k)
 
 
 def test_nearest_distance_separates_copies_from_new_images():
@@ -143,7 +193,24 @@ def test_nearest_distance_separates_copies_from_new_images():
     to_reference, among_itself = tree.query(new.double())[0], tree.query(reference.double(), 2)[0]
     expected = to_reference.mean(), among_itself[:, 1].mean()
     assert metrics.nearest_distance(new, reference) == pytest.approx(expected, rel=1e-5)
-    assert metrics.nearest_distance(reference[:50], reference)[0] < 0.01
+    assert metrics.nearest_distance(new[:1], reference)[0] == pytest.approx(to_reference[0])
+
+
+@pytest.mark.parametrize("block", (2**26, 3000))
+def test_nearest_distance_of_copies_is_exactly_0(monkeypatch, block):
+    """Far from zero, where |a|^2 + |b|^2 - 2 ab alone would leave 0.001 to 0.07. Of a set with a
+    copy in it, that copy is the other's nearest."""
+    monkeypatch.setattr(metrics, "BLOCK", block)  # 3000 distances at a time: many blocks
+    reference = (50 + 5 * normal(300, 64)).float()
+    assert metrics.nearest_distance(reference[:50], reference)[0] == 0
+    assert metrics.nearest_distance(reference, reference[:2])[1] > 1
+    assert metrics.nearest_distance(reference, torch.cat([reference, reference]))[1] == 0
+
+
+@pytest.mark.parametrize("sizes", ((0, 5), (5, 1), (5, 0)))
+def test_nearest_distance_refuses(sizes):
+    with pytest.raises(ValueError, match="one sample and two reference images or more"):
+        metrics.nearest_distance(*(torch.zeros(size, 3) for size in sizes))
 
 
 def test_distances_do_not_use_tf32():
@@ -175,10 +242,19 @@ def test_paired_error_against_torchmetrics():
     assert metrics.paired_error(images, images) == (0, pytest.approx(1))
 
 
-@pytest.mark.parametrize("shapes", (((2, 12, 12, 3), (3, 12, 12, 3)), ((2, 8, 12, 3),) * 2))
+@pytest.mark.parametrize("shapes", (
+    ((2, 12, 12, 3), (3, 12, 12, 3)), ((2, 8, 12, 3),) * 2, ((0, 12, 12, 3),) * 2, ((12, 12, 3),) * 2
+))
 def test_paired_error_refuses(shapes):
     with pytest.raises(ValueError, match="cannot pair images"):
         metrics.paired_error(*(np.zeros(shape, np.uint8) for shape in shapes))
+
+
+def test_paired_error_takes_pixels_of_0_to_255_only():
+    """Images in [-1, 1] would look equal."""
+    images = random_images(2, 12, 12, 3)
+    with pytest.raises(ValueError, match="cannot pair pixels of uint8 and float64: use uint8"):
+        metrics.paired_error(images, images / 127.5 - 1)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +380,7 @@ def test_saved_statistics_serve_as_reference(digits, tmp_path):
 def test_a_reference_in_adms_layout(digits, tmp_path, monkeypatch):
     """A file without the name of a network is Inception's. Precision and recall come from its
     images."""
-    monkeypatch.setattr(digits, "name", metrics.ADM_NETWORK, raising=False)
+    monkeypatch.setattr(digits, "name", feature_statistics.ADM_NETWORK, raising=False)
     images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
     seen = metrics.extract(other, digits)
     known = {key: getattr(seen, key).numpy() for key in ("mu", "sigma", "mu_s", "sigma_s")}
@@ -331,8 +407,9 @@ def test_statistics_of_another_network_are_refused(digits, tmp_path):
 
 def test_statistics_of_two_networks_are_not_compared(digits):
     a = metrics.extract(random_images(5, 28, 28, 3), digits)
-    b = metrics.dataclasses.replace(a, network="Inception 2015-12-05, resize tf1")
-    with pytest.raises(ValueError, match="features of digits classifier and of Inception 2015"):
+    b = dataclasses.replace(a, network="Inception 2015-12-05, resize tf1")
+    message = "64 features of digits classifier and 64 features of Inception 2015"
+    with pytest.raises(ValueError, match=message):
         metrics.compare(a, b)
 
 
@@ -354,7 +431,7 @@ def test_damaged_statistics(digits, tmp_path):
     with pytest.raises(ValueError, match="cut.npz is not an npz file, or not a whole one"):
         metrics.load_statistics(tmp_path / "cut.npz")
     np.savez(tmp_path / "lacks.npz", mu=np.zeros(3))
-    with pytest.raises(ValueError, match="lacks.npz lacks sigma, mu_s, sigma_s"):
+    with pytest.raises(ValueError, match="lacks.npz lacks sigma$"):
         metrics.load_statistics(tmp_path / "lacks.npz")
 
 
