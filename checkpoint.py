@@ -25,7 +25,7 @@ import command
 
 def read(path):
     """The tensors by name of a `.safetensors` file, or of a file that torch saved (`.pt`, `.pth`,
-    `.bin`, `.ckpt`), whose state dict is bare or under `ema`, `state_dict` or `model`. A prefix that
+    `.bin`, `.ckpt`), whose state dict is bare or under `ema`, `state_dict` or `model`. What
     wrappers put before every name is taken off.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
@@ -259,7 +259,10 @@ def read_official_router(path):
         ) from error
     try:
         rows, args = content["routers"], content.get("args")
-        logits = torch.stack([rows[f"{i}.prob"] for i in reversed(range(len(rows)))]).float()
+        logits = torch.stack([rows[f"{i}.prob"] for i in reversed(range(len(rows)))])
+        if not logits.is_floating_point():
+            raise ValueError(f"its rows are {logits.dtype}")
+        logits = logits.float()
         if isinstance(args, dict):  # written by `export_router`
             return logits, {str(key): str(value) for key, value in args.items()}
         args = {} if args is None else vars(args)

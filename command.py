@@ -24,17 +24,22 @@ import torch
 def replacing(path):
     """`with replacing(path) as temporary:` write to `temporary`, and it replaces `path` at the end,
     whole. If anything goes wrong, `path` stays as it was and nothing is left beside it."""
-    path = Path(path)
-    check_ordinary(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a file is only replaced at once within one file system. With the
-    # same suffix, because numpy and Pillow go by it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    temporary = temporary_for(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_for(path):
+    """Where a file is written before it replaces `path`, in a folder that is there afterwards."""
+    path = Path(path)
+    check_ordinary(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a file is only replaced at once within one file system. With the
+    # same suffix, because numpy and Pillow go by it.
+    return path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
 
 
 LEFT_BEHIND = re.compile(r"\..+\.(\d+)\.part(\.\w+)?")  # what `replacing` names its files
@@ -128,18 +133,16 @@ def check_not_read(out, *sources):
             raise ValueError(f"{source} is read, so it is not written: choose another name")
 
 
-class Unwritten(Exception):
-    """Ends a `replacing` that is only a trial."""
-
-
 def check_writable(path):
     """Raises OSError if no file can be made at `path`: now, rather than after an hour's work."""
     path = Path(path)
     if path.is_dir():
         raise OSError(f"cannot write {path}: it is a folder")
-    with contextlib.suppress(Unwritten), replacing(path) as temporary:
+    temporary = temporary_for(path)
+    try:
         temporary.touch()
-        raise Unwritten  # so `path` stays as it is
+    finally:
+        temporary.unlink(missing_ok=True)
     clear_left_behind(path.parent)
 
 
@@ -233,6 +236,17 @@ def is_lack_of_memory(error):
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's flags; `doc` is the head of its file. A mistake in them is a ValueError
+    like any other, and one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help explains the flags)")
 
 
 def add_model_flags(parser):

@@ -15,7 +15,6 @@ K branches.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -281,9 +280,7 @@ MOST = 10_000_000  # images; more would fill the memory with their labels alone
 
 
 def read_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--router", type=Path, help="router file (default: the shipped one)")

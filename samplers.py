@@ -308,10 +308,10 @@ SAMPLERS = {"ddpm": DDPM, "dpm-solver++": DPMSolverPlusPlus, "sa-solver": SASolv
 def make_sampler(name, steps):
     """`ddim`, `ddim:ETA`, `ddpm`, `dpm-solver++` or `sa-solver` -> a sampler of T steps.
     Raises ValueError for another name."""
-    kind, _, eta = name.partition(":")
+    kind, colon, eta = name.partition(":")
     try:
         if kind == "ddim":
-            return DDIM(steps, float(eta or 0))
+            return DDIM(steps, float(eta) if colon else 0.0)
     except ValueError as error:
         raise ValueError(f"sampler {name}: {error}") from error
     if name in SAMPLERS:

@@ -22,7 +22,6 @@ Notation: B images, T denoising steps, K cacheable branches.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import copy
 import dataclasses
 import math
@@ -180,9 +179,7 @@ def defaults_of(name, objective, steps):
 
 
 def read_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     training.add_flags(parser, "runs/MODEL")
     training.add_start_flag(parser)

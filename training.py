@@ -158,7 +158,7 @@ class BetaSearch:
         return {key: getattr(self, key) for key in ("beta", "logits", "pace", "log_betas")}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        vars(self).update({key: state[key] for key in self.state_dict()})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,17 +332,22 @@ def find_state(out, settings, contents, resume):
     state = command.load_state(state_file)
     state = state if isinstance(state, dict) else {}
     old, known = state.get("settings"), state.get("contents")
-    if state.get("version") != VERSION or not isinstance(old, dict) or not isinstance(known, dict):
+    if not isinstance(old, dict) or not isinstance(known, dict) or (
+        repr(state.get("version")) != repr(VERSION)
+    ):
         raise ValueError(f"{state_file} is not a state of this trainer, or of another version of "
                          "it: choose another --out")
+    # Files are compared by what they hold, below, and not by what they are called. A damaged state
+    # may hold anything anywhere, also what cannot be compared, so the texts of both are.
+    compared = settings.keys() - {"iterations", "weights", "prompts"}
     changed = [f"{key} {old.get(key)}" for key in settings
-               if settings[key] != old.get(key) and key != "iterations"]
+               if key in compared and repr(settings[key]) != repr(old.get(key))]
     if changed:
         raise ValueError(f"{out} is a run with other settings: {', '.join(changed)}")
     if not isinstance(old.get("iterations"), int) or settings["iterations"] < old["iterations"]:
         raise ValueError(f"{out} is a run of {old.get('iterations')} iterations: --iterations can "
                          "only be more, and then it goes on")
-    changed = [key for key in contents if known.get(key) != contents[key]]
+    changed = [key for key in contents if repr(known.get(key)) != repr(contents[key])]
     if changed:
         raise ValueError(f"{out} is a run with other {' and other '.join(changed)} in the same "
                          "files: choose another --out")

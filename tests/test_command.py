@@ -2,7 +2,13 @@
 
 import argparse
 import os
+import signal
+import stat
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +21,56 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
+# The kinds of fault that are tested here, and where the right value comes from: a file is written
+# whole or not at all (bytes), what is no ordinary file is neither replaced nor read (a FIFO would
+# hang), what killed processes left is cleared and what running ones have is not (their number), one
+# process at a time works in a folder (two processes), every mistake is one line and exit code 2.
 # ------------------------------------------------------------------------------------------------
 # Files
+
+
+def test_what_is_no_ordinary_file_is_neither_replaced_nor_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="not an ordinary file"), command.replacing(path):
+            pass
+        with pytest.raises(OSError, match="not an ordinary file"):
+            command.check_writable(path)
+        with pytest.raises(OSError, match="not an ordinary file"):
+            command.load_state(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert not Path("/dev/null").is_file()
+
+
+def test_what_killed_processes_left_is_cleared(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()  # its number belongs to nobody now
+    gone, mine = f".a.png.{child.pid}.part.png", f".b.png.{os.getpid()}.part.png"
+    others = (".hidden", "a.part", f"a.png.{child.pid}.part.png")
+    for name in (gone, mine, *others):
+        (tmp_path / name).touch()
+    command.check_writable(tmp_path / "new")
+    assert names(tmp_path) == sorted([mine, *others])
+
+
+def test_a_folder_is_locked_for_other_processes_only_while_it_is_used(tmp_path):
+    code = f"import command\nwith command.locked({str(tmp_path)!r}): pass"
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                              capture_output=True, text=True)
+
+    with command.locked(tmp_path):
+        answer = other()
+        assert answer.returncode and "in use by another process" in answer.stderr
+    assert other().returncode == 0
+    assert names(tmp_path) == []
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    command.check_not_read("a.png", None, "b.png")
+    with pytest.raises(ValueError, match="a.png is read, so it is not written"):
+        command.check_not_read(tmp_path / "x" / ".." / "a.png", tmp_path / "a.png")
 
 
 def test_replacing_makes_folders_and_shows_the_file_only_when_it_is_whole(tmp_path):
@@ -272,3 +326,60 @@ def test_another_c_library_is_left_alone(monkeypatch, library):
     monkeypatch.setattr(command.ctypes, "CDLL", load)
     command.run(lambda: called.append("main"))
     assert called == ["libc.so.6", "main"]
+
+
+@pytest.mark.parametrize("text", ("nan", "inf", "-inf", "1e999", "", "one"))
+def test_numbers_that_are_none_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        command.finite(text)
+    assert command.finite("-2.5e-3") == -0.0025
+
+
+@pytest.mark.parametrize("text", ("", " ", "\t"))
+def test_empty_names_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        command.name(text)
+    assert command.name("ddim:0.5") == "ddim:0.5"
+
+
+@pytest.mark.parametrize("error", (
+    MemoryError("Unable to allocate 7 TiB"), torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+))
+def test_a_lack_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and line.count("\n") == 1
+    assert line.startswith("error: out of memory: try a smaller --batch-size")
+
+
+def test_a_message_is_one_line_and_commands_no_terminal(capsys):
+    def main():
+        raise ValueError("first\nsecond \x1b[31m red")
+
+    with pytest.raises(SystemExit):
+        command.run(main)
+    assert capsys.readouterr().err == "error: first second \\x1b[31m red\n"
+
+
+def test_a_path_that_the_console_cannot_print_is_no_failure(tmp_path):
+    """The console of this child knows ASCII only."""
+    code = "import command\ncommand.run(lambda: print('wrote \\u9f8d.png'))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert answer.returncode == 0 and answer.stdout == b"wrote \\u9f8d.png\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_an_interruption_while_torch_is_imported_is_one_line():
+    child = subprocess.Popen([sys.executable, "train_stepwise.py", "--model", "none"],
+                             cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
+        time.sleep(0.001)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate()
+    assert child.returncode == 130 and errors == "interrupted\n"

@@ -1,4 +1,6 @@
+import argparse
 import contextlib
+import math
 import os
 import pickle
 import zipfile
@@ -407,13 +409,79 @@ def test_one_error_names_every_key_that_does_not_fit(tmp_path, name):
         dit.read_weights(save(tmp_path / name, state), network)
     message = str(caught.value)
     for part in (
-        str(tmp_path / name), "missing x_embedder.proj.bias", "missing pos_embed",
-        "unexpected blocks.9.attn.proj.bias", "unexpected step",
+        str(tmp_path / name), "missing pos_embed, x_embedder.proj.bias;",
+        "unexpected blocks.9.attn.proj.bias, step;",
         "blocks.1.mlp.fc1.weight is (3, 7), not (128, 32)",
         "blocks.1.mlp.fc1.bias is (4,), not (128,)",
     ):
         assert part in message
-    assert message.count(";") == 5
+    assert message.count(";") == 2
+
+
+def test_the_error_about_another_network_is_short(tmp_path):
+    """Of 340 keys that are missing three are named; the line fits a terminal."""
+    path = save(tmp_path / "w.pt", {"weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"missing \S+, \S+, \S+ and \d+ more; unexp") as caught:
+        dit.read_weights(path, tiny_dit())
+    assert len(str(caught.value)) < 400
+
+
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.", "net.",
+            "model.diffusion_model.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_wrappers_put_before_the_names_is_taken_off(tmp_path, prefix):
+    network = tiny_dit()
+    state = network.state_dict()
+    named = {prefix + key: value for key, value in state.items()}
+    for content in (named, {"model": named, "epoch": 3}):
+        read = dit.read_weights(save(tmp_path / "w.pt", content), network)
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_checkpoint_of_dits_own_training_gives_its_average(tmp_path):
+    """`ema` beside `model`, `opt` and `args`, a Namespace; what else it names is said, not run."""
+    network = tiny_dit()
+    ema = {key: value + 1 for key, value in network.state_dict().items()}
+    content = {"model": network.state_dict(), "ema": ema, "opt": {"state": {}},
+               "args": argparse.Namespace(model="DiT-XL/2", epochs=1400)}
+    read = dit.read_weights(save(tmp_path / "w.pt", content), network)
+    assert all(torch.equal(read[key], ema[key]) for key in ema)
+    with pytest.raises(ValueError, match=r"numpy\.dtype.*use a \.safetensors file"):
+        dit.read_weights(save(tmp_path / "n.pt", {**content, "loss": np.float64(1)}), network)
+
+
+@pytest.mark.parametrize("change, words", (
+    (lambda x: x.to(torch.int8), "is int8, not floating point"),
+    (lambda x: x > 0, "is bool, not floating point"),
+    (lambda x: x.to(torch.complex64), "is complex64, not floating point"),
+    (lambda x: x * math.nan, "holds NaN or infinite numbers"),
+    (lambda x: x.to_sparse(), "is no ordinary tensor"),
+    (lambda x: x.to("meta"), "is no ordinary tensor"),
+))
+def test_what_is_no_weight_is_refused_by_name(tmp_path, change, words):
+    network = tiny_dit()
+    state = network.state_dict()
+    state["blocks.0.mlp.fc2.weight"] = change(state["blocks.0.mlp.fc2.weight"])
+    with pytest.raises(ValueError, match=f"w.pt: blocks.0.mlp.fc2.weight {words}"):
+        dit.read_weights(save(tmp_path / "w.pt", state), network)
+
+
+def test_weights_of_another_resolution_are_refused(tmp_path):
+    """Official files of one size say their number of tokens, diffusers' config.json the side."""
+    large, network = tiny_dit(input_size=16), tiny_dit()
+    with pytest.raises(ValueError, match="64 tokens, this network for 16: .* another resolution"):
+        dit.read_weights(save(tmp_path / "w.pt", large.state_dict()), network)
+    path = save(tmp_path / "w.safetensors", checkpoint.to_diffusers(large.state_dict(), large))
+    (tmp_path / "config.json").write_text('{"sample_size": 16, "patch_size": 2}')
+    with pytest.raises(ValueError, match="sides of 16, by its config.json, this network for 8"):
+        dit.read_weights(path, network)
+    assert dit.read_weights(path, large).keys() == large.state_dict().keys()
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="config.json is not diffusers' config.json"):
+        dit.read_weights(path, large)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])

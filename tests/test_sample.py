@@ -800,7 +800,7 @@ def assert_one_line(error):
     ("--tau 0 --router good.safetensors", "tau must be between 0 and 1"),
     ("--tau 1 --router good.safetensors", "tau must be between 0 and 1"),
     ("--tau 0.5 --schedule none", "--tau is the threshold of a router"),
-    ("--tau nan --router good.safetensors", "tau must be between 0 and 1"),
+    ("--tau nan --router good.safetensors", "--tau: a finite number, not nan"),
     ("--labels 10 --schedule none", "--labels takes numbers from 0 to 9"),
     ("--labels=-1 --schedule none", "--labels takes numbers from 0 to 9"),
     ("--labels 1,x --schedule none", "--labels takes numbers from 0 to 9"),
@@ -853,27 +853,27 @@ def test_a_mistake_is_one_line(refused, tmp_path, flags, said):
     assert said in error
 
 
-def save_nan_weights(network, path):
-    state = {**network.state_dict(), "final_layer.linear.bias": torch.full((32,), torch.nan)}
+def save_overflowing_weights(network, path):
+    state = {**network.state_dict(), "final_layer.linear.bias": torch.full((32,), 3e38)}
     save_file(state, path)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
-def test_weights_that_are_not_numbers(refused, network, tmp_path, name):
-    save_nan_weights(network, tmp_path / "nan.safetensors")
-    error = refused("--weights", "nan.safetensors", "--schedule", "none", "--out", name)
+def test_weights_that_overflow(refused, network, tmp_path, name):
+    save_overflowing_weights(network, tmp_path / "large.safetensors")
+    error = refused("--weights", "large.safetensors", "--schedule", "none", "--out", name)
     assert_one_line(error)
     assert "not finite" in error
 
 
 def test_on_a_terminal_the_error_has_a_line_of_its_own(run, network, tmp_path, monkeypatch):
     """There the progress bar is on the same screen."""
-    save_nan_weights(network, tmp_path / "nan.safetensors")
+    save_overflowing_weights(network, tmp_path / "large.safetensors")
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     with pytest.raises(SystemExit):
-        run("--weights", "nan.safetensors", "--schedule", "none", "--out", "x.npz")
+        run("--weights", "large.safetensors", "--schedule", "none", "--out", "x.npz")
     assert "batch" in screen.getvalue()  # there was a bar
     last = screen.getvalue().splitlines()[-1].split("\r")[-1]
     assert last.startswith("error: ")
@@ -884,20 +884,18 @@ def test_on_a_terminal_the_error_has_a_line_of_its_own(run, network, tmp_path, m
     "--router a.safetensors --schedule none", "--guidance strong",
 ])
 def test_flags_that_do_not_parse(refused, flags):
-    error = refused(*flags.split())
-    assert error.startswith("usage: ")
-    assert "error: " in error.splitlines()[-1]
+    assert_one_line(refused(*flags.split()))
 
 
 def test_an_old_file_survives_a_run_that_fails(run, tmp_path, monkeypatch):
     run("--schedule", "none", "--out", "x.npz")
     old = (tmp_path / "x.npz").read_bytes()
 
-    def full(file, **arrays):
-        Path(file).write_bytes(old[:100])
+    def full(file, header):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(SystemExit):
         run("--schedule", "fora:2", "--out", "x.npz")
     assert everything_in(tmp_path) == {"x.npz": old}
@@ -905,3 +903,37 @@ def test_an_old_file_survives_a_run_that_fails(run, tmp_path, monkeypatch):
 
 def test_totals_start_at_zero():
     assert set(dataclasses.asdict(sample.Totals()).values()) == {0}
+
+
+def test_a_folder_of_somebody_elses_files_is_left_alone(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.png").write_bytes(b"a holiday")
+    error = refused("--schedule", "none", "--out", "mine")
+    assert_one_line(error)
+    assert "holds files that this command did not write" in error
+    assert everything_in(tmp_path / "mine") == {"000000.png": b"a holiday"}
+
+
+def test_a_router_is_not_written_over(refused, tmp_path):
+    save_router(tmp_path / "r.png")
+    before = (tmp_path / "r.png").read_bytes()
+    error = refused("--router", "r.png", "--out", "r.png")
+    assert_one_line(error)
+    assert "r.png is read" in error and (tmp_path / "r.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, words", (
+    ("--num-samples 10000000001", "--num-samples must be 1 to 10,000,000"),
+    ("--tau inf", "a finite number"), ("--guidance nan", "a finite number"),
+))
+def test_numbers_out_of_range_are_refused_at_once(refused, flags, words):
+    error = refused(*flags.split())
+    assert_one_line(error)
+    assert words in error
+
+
+@pytest.mark.parametrize("flag", ("--sampler", "--dtype", "--device", "--weights"))
+def test_names_are_not_empty(refused, flag):
+    error = refused(flag, "")
+    assert_one_line(error)
+    assert f"{flag}: a name, not an empty one" in error

@@ -364,6 +364,71 @@ def test_with_all_weight_on_usage_everything_is_reused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# What is resumed, and what is not
+
+
+def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, tiny_run):
+    out = tmp_path / "run"
+    train_stepwise.train(tiny_model(), tiny_settings(iterations=9), out)
+    train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
+    assert_same_run(out, tiny_run)
+    with pytest.raises(ValueError, match="is a run of 24 iterations: --iterations can only be"):
+        train_stepwise.train(tiny_model(), tiny_settings(iterations=20), out, resume=True)
+
+
+def test_a_run_goes_on_with_its_own_weights_and_prompts_only(tmp_path):
+    out = tmp_path / "run"
+    train_stepwise.train(tiny_model(), tiny_settings(), out)
+    before = contents(out)
+    with pytest.raises(ValueError, match="is a run with other weights"):
+        train_stepwise.train(tiny_model(1), tiny_settings(), out, resume=True)
+    with pytest.raises(ValueError, match="is a run with other prompts or images"):
+        train_stepwise.train(tiny_model(), tiny_settings(), out, True, ["a prompt that is new"])
+    assert contents(out) == before
+
+
+STATE = ("version", "settings", "contents", "router", "optimizer", "search", "lambda",
+         "trajectories", "curs", "seconds")
+
+
+@pytest.mark.parametrize("key", STATE)
+def test_a_state_that_is_none_ends_in_one_line(tmp_path, key):
+    """Whatever stands in one place of the file: the reason is named, and nothing is written."""
+    out, settings = tmp_path / "run", tiny_settings(iterations=8)
+    train_stepwise.train(tiny_model(), settings, out)
+    whole = command.load_state(out / "state.pt")
+    for value in (None, "text", -1, math.nan, [], [math.nan] * 4, {}, {"beta": math.nan},
+                  {"state": {}, "param_groups": []}, torch.zeros(3), "missing"):
+        state = {**whole, key: value}
+        if value == "missing":
+            del state[key]
+        command.save_state(out / "state.pt", state)
+        before = contents(out)
+        with pytest.raises(ValueError, match="state|settings|weights|iterations") as caught:
+            train_stepwise.train(tiny_model(), settings, out, resume=True)
+        assert "\n" not in command.one_line(caught.value)
+        assert contents(out) == before
+
+
+def test_a_state_of_a_smaller_router_ends_in_one_line(tmp_path):
+    out, settings = tmp_path / "run", tiny_settings(iterations=8)
+    train_stepwise.train(tiny_model(), settings, out)
+    state = command.load_state(out / "state.pt")
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][:3]
+    command.save_state(out / "state.pt", state)
+    with pytest.raises(ValueError, match="not a whole state of this training.*exp_avg is"):
+        train_stepwise.train(tiny_model(), settings, out, resume=True)
+
+
+@pytest.mark.parametrize("factor", (1.0, 1e-4, 3e-9, 1e-30, 7.0))
+def test_the_loss_scale_is_a_power_of_two_near_the_inverse(factor):
+    scale = training.loss_scale(factor)
+    assert math.frexp(scale)[0] == 0.5 and 0.7 < scale * factor < 1.5
+    assert training.loss_scale(0.0) == 1
+
+
+# ------------------------------------------------------------------------------------------------
 # Settings
 
 
