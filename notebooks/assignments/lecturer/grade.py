@@ -4,17 +4,18 @@
 
 SUBMISSIONS/<name>/student.py is a submission. Each runs in a temporary folder and a process of its
 own, beside the original test_student.py and conftest.py and the withheld cases.py, several at once.
-A task's points count if all of its tests passed. grades.csv gets a row a submission, grades.json
-also the first line of each task's first failure. They are written after every submission (one that
-is still to come has no points), and the same command goes on where it was.
+A task earns its points if all of its tests pass. grades.csv gets one row per submission;
+grades.json also holds the first line of each task's first failure. Both are written after every
+submission (one that is still to come has no points yet), and the same command goes on from there.
 
-The solution is graded first. It tells which tests each task has, that all is well on this machine,
-and how long the tests take: a submission has `--times` as long. One that ends the process or takes
-too long loses the task that it did so in; the other tasks are run again without that one.
+The solution is graded first. This shows which tests each task has, that everything works on this
+machine, and how long the tests take: a submission gets `--times` as long. A submission that ends
+the process or takes too long loses the task in which it did so. Its other tasks run again without
+that one.
 
 This is no sandbox. A submission runs as you, sees your files and shares its process with the tests.
-What it prints, and how it exits, counts for nothing, but code written to deceive can make tests
-pass: read what looks odd, and grade strangers' code in a container.
+Its output and its exit code count for nothing, but code written to deceive can make tests pass:
+read what looks odd, and grade strangers' code in a container.
 """
 
 import sys
@@ -50,7 +51,7 @@ from tqdm import tqdm  # noqa: E402
 
 import command  # noqa: E402
 
-FIRST_LIMIT = 1800  # seconds for the solution
+FIRST_LIMIT = 1800  # time limit of the solution, seconds
 MOST = 1e6  # of --times, and of --memory in GB
 TEMPORARY = "grade.{}."  # the temporary folders' prefix, with the number of the process
 
@@ -72,7 +73,7 @@ def find(assignment):
 
 
 def read_points(folder):
-    """POINTS of a test_student.py, without running it: {task: points}."""
+    """Reads POINTS from a test_student.py without running it: {task: points}."""
     for node in ast.parse((folder / "test_student.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "POINTS":
             return ast.literal_eval(node.value)
@@ -84,11 +85,11 @@ def read_points(folder):
 
 
 def lay_out(folder, assignment, student):
-    """Fills `folder` as the tests expect it. -> where to run them."""
+    """Fills `folder` with the files that the tests need. -> the folder to run them in."""
     original, solution = find(assignment)
     here = folder / "notebooks" / "assignments"
     (here / assignment).mkdir(parents=True)
-    (here / "pytest.ini").write_text("[pytest]\n")  # no settings from further up
+    (here / "pytest.ini").write_text("[pytest]\n")  # keeps out settings from folders above
     shutil.copy(ASSIGNMENTS / "conftest.py", here)
     for file in [*original.glob("*.py"), solution / "cases.py"]:
         shutil.copy(file, here / assignment)
@@ -97,8 +98,8 @@ def lay_out(folder, assignment, student):
 
 
 def environment():
-    """One thread, the modules of this repository, no settings of the lecturer's own pytest. Sets
-    have the same order in every run, so that a message does not change."""
+    """The environment variables of a run: one thread, the modules of this repository, and none of
+    the lecturer's own pytest settings. Sets keep their order, so that a message stays the same."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return {
@@ -109,7 +110,7 @@ def environment():
 
 
 def end(process):
-    """Ends a process, and what it has started itself."""
+    """Ends a process and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -120,14 +121,14 @@ def end(process):
 
 def attempt(assignment, student, tasks, seconds, memory):
     """Runs the tests of `tasks` on a student.py, within `seconds` and `memory` bytes.
-    -> the record, a list of dicts, and words for how the process ended."""
+    -> the record, a list of dicts, and a message about how the process ended."""
     prefix = TEMPORARY.format(os.getpid())
     with (
         tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as private,
     ):
         here = lay_out(Path(folder), assignment, student)
-        record = Path(private) / secrets.token_hex(16)
+        record = Path(private) / secrets.token_hex(16)  # a path that no submission can guess
         arguments = ["-p", "no:cacheprovider", "--capture=no", "-m", " or ".join(tasks), assignment]
         settings = {"record": str(record), "bytes": memory, "arguments": arguments}
         process = subprocess.Popen(
@@ -146,8 +147,8 @@ def attempt(assignment, student, tasks, seconds, memory):
 
 
 def read_record(path, folder):
-    """The lines that are whole. There is no file if the process ended before the first. What is
-    another in every run, the temporary `folder` and addresses, is taken out of the errors."""
+    """The complete lines. There is no file if the process ended before the first one. What differs
+    from run to run, the temporary `folder` and addresses, is taken out of the errors."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     records = []
     for line in lines:
@@ -174,7 +175,8 @@ def clear_left_behind():
 
 
 def judge(record, task, tests):
-    """Did all of a task's `tests` pass? -> "" or the first error; None if some are not done."""
+    """Whether a task's `tests` passed -> "" if all did, the first error, or None if some are not
+    done."""
     done = {line["done"]: line["passed"] for line in record if "done" in line}
     if not all(test in done for test in tests):
         return None
@@ -184,10 +186,10 @@ def judge(record, task, tests):
 
 
 def grade_one(assignment, student, tests, seconds, memory):
-    """-> {task: "" if it earns its points, else the first line of what was wrong}.
+    """-> {task: "" if it earns its points, else the first line of the error}.
 
-    `tests` are those of each task, {task: [test]}. As long as the process ends within a test, the
-    task of that test has failed, and those not settled yet get another run.
+    `tests` is {task: [test]}. If the process ends within a test, the task of that test has failed,
+    and the tasks without a verdict run again.
     """
     if why := folders.trouble(student.parent):
         return dict.fromkeys(tests, why)
@@ -212,8 +214,8 @@ def grade_one(assignment, student, tests, seconds, memory):
 
 
 def grade_solution(assignment, memory):
-    """Runs the solution. -> the tests of each task, {task: [test]}, and the seconds that it took.
-    Raises ValueError if it does not earn every point."""
+    """Runs the solution. -> the tests of each task, {task: [test]}, and the seconds that they took.
+    Raises ValueError if the solution does not earn every point."""
     folder, solution = find(assignment)
     tasks, start = list(read_points(folder)), time.monotonic()
     record, ended = attempt(assignment, solution / "student.py", tasks, FIRST_LIMIT, memory)
@@ -233,9 +235,9 @@ def grade_solution(assignment, memory):
 
 def grade(assignment, submissions, times=10, memory=4e9, jobs=None, out=None):
     """Grades every folder of `submissions`. -> {name: {"total": points, "points": {task: points},
-    "failures": {task: first line}}}, by name. One submission's trouble is its own. With `out`,
-    writes out.csv and out.json after each, and goes on where such a grading was.
-    Raises ValueError or FileNotFoundError for what is wrong with the assignment or the folder."""
+    "failures": {task: first line}}}, sorted by name. A submission's errors never stop the others.
+    With `out`, writes out.csv and out.json after each, and goes on where such a grading stopped.
+    Raises ValueError or FileNotFoundError if the assignment or the folder is wrong."""
     folder, _ = find(assignment)
     points = read_points(folder)
     submissions = Path(submissions)
@@ -250,7 +252,7 @@ def grade(assignment, submissions, times=10, memory=4e9, jobs=None, out=None):
         try:
             verdicts = grade_one(assignment, submissions / name / "student.py", progress.tests,
                                  times * progress.seconds, int(memory))
-        except Exception as error:  # an unreadable file, say
+        except Exception as error:  # for example an unreadable file
             verdicts = dict.fromkeys(points, f"could not be graded: {error}")
         earned = {task: 0 if verdicts[task] else points[task] for task in points}
         failures = {task: command.one_line(verdict) for task, verdict in verdicts.items()
@@ -265,14 +267,14 @@ def grade(assignment, submissions, times=10, memory=4e9, jobs=None, out=None):
                                len(pending), total=len(names), unit="submission", disable=None):
                 progress.add(futures[future], future.result())
         except BaseException:  # an interruption, or a full disk
-            pool.shutdown(cancel_futures=True)  # those that run end by their limit
+            pool.shutdown(cancel_futures=True)  # running ones end at their time limit
             raise
     progress.finish()
     return progress.results
 
 
 def cores():
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
