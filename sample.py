@@ -315,14 +315,15 @@ def write_all(batches, out, decode, items, settings, model, steps, cache, compar
             append = stack.enter_context(pictures.npz_writer(out, len(items)))
         elif not out.suffix:
             stack.enter_context(command.locked(out))
-            write_notes(out, settings, items)
-        for batch in batches:
+        for n, batch in enumerate(batches):
             if cache is None or batch.full is not None:
                 totals.add(batch)
             images = decode(batch.x)
             if out.suffix == ".npz":
                 append(images)
             elif not out.suffix:
+                if n == 0:
+                    write_notes(out, settings, items)
                 pictures.write(out, images, batch.first)
             else:
                 kept.append(images)
