@@ -378,7 +378,8 @@ def read_arguments():
         args.metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
         unknown = [name for name in args.metrics if name not in METRICS]
         if unknown or not args.metrics:
-            raise ValueError(f"unknown metric {', '.join(unknown)}: use {', '.join(METRICS)}")
+            words = f"unknown metric {', '.join(unknown)}" if unknown else "--metrics names none"
+            raise ValueError(f"{words}: use {', '.join(METRICS)}")
         if ("clip" in args.metrics) != bool(args.captions):
             raise ValueError("the CLIP score and --captions FILE go together")
     check_save_stats(args)

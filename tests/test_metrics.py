@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +149,8 @@ def test_a_small_rest_does_not_halve_the_inception_score(more):
     assert metrics.inception_score(certain(labels)) == pytest.approx(10, abs=0.01)
 
 
-@pytest.mark.parametrize("logits", (torch.zeros(0, 5), torch.zeros(5), torch.full((4, 5), torch.nan)))
+@pytest.mark.parametrize("logits", (torch.zeros(0, 5), torch.zeros(5),
+                                    torch.full((4, 5), torch.nan)))
 def test_inception_score_refuses(logits):
     with pytest.raises(ValueError, match="needs finite logits"):
         metrics.inception_score(logits)
@@ -243,7 +242,8 @@ def test_paired_error_against_torchmetrics():
 
 
 @pytest.mark.parametrize("shapes", (
-    ((2, 12, 12, 3), (3, 12, 12, 3)), ((2, 8, 12, 3),) * 2, ((0, 12, 12, 3),) * 2, ((12, 12, 3),) * 2
+    ((2, 12, 12, 3), (3, 12, 12, 3)), ((2, 8, 12, 3),) * 2, ((0, 12, 12, 3),) * 2,
+    ((12, 12, 3),) * 2,
 ))
 def test_paired_error_refuses(shapes):
     with pytest.raises(ValueError, match="cannot pair images"):
@@ -293,6 +293,21 @@ def test_clip_score_against_open_clips_own_forward(tiny_clip):
         assert score == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-5)
     with pytest.raises(ValueError):
         metrics.clip_score(images, prompts[:4], clip)
+    with pytest.raises(ValueError, match="needs an image or more"):
+        metrics.clip_score([], [], clip)
+
+
+def test_captions_that_clip_cuts_are_told_once(tiny_clip):
+    """CLIP's 77 tokens are 75 words of one token each, between a start and an end."""
+    clip = features.load_clip(tiny_clip[0], str(tiny_clip[1]))
+    images = random_images(4, 32, 32, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.clip_score(images, ["cat " * n for n in (1, 74, 75, 0)], clip)
+    with pytest.warns(UserWarning) as seen:
+        metrics.clip_score(images, ["cat " * n for n in (76, 75, 200, 1)], clip, batch_size=1)
+    assert [str(one.message)[:70] for one in seen] == [
+        "2 of 4 captions have more than 77 tokens, and CLIP sees no further: \"c"]
 
 
 def test_openais_weights_get_the_activation_they_were_trained_with(tiny_clip, monkeypatch):
@@ -317,6 +332,22 @@ def test_a_file_that_is_no_clip(tiny_clip, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="bad.pt holds no weights of tiny-test: "):
         features.load_clip(tiny_clip[0], str(tmp_path / "bad.pt"))
+
+
+@pytest.mark.parametrize("change, message", (
+    (lambda x: x.round().to(torch.int8), "is int8, not floating point"),
+    (lambda x: x * torch.nan, "holds NaN or infinite"),
+    (lambda x: x.to("meta"), ""),
+    (lambda x: x.to_sparse(), ""),
+))
+def test_what_is_no_weight_of_clip(tiny_clip, tmp_path, change, message):
+    """open_clip copies whole numbers and NaN into its network without a word."""
+    state = torch.load(tiny_clip[1])
+    state["text_projection"] = change(state["text_projection"])
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=f"bad.pt.*{message}") as caught:
+        features.load_clip(tiny_clip[0], str(tmp_path / "bad.pt"))
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_clip_names(tiny_clip):
@@ -440,6 +471,38 @@ def test_one_image_is_too_few(digits):
         metrics.extract(random_images(1, 28, 28, 3), digits)
 
 
+def test_a_reference_of_mu_and_sigma_only_serves_for_fid(digits, tmp_path):
+    """As of pytorch-fid, TTUR and MAR. FID is that of the whole file; sFID is refused."""
+    images, other = random_images(70, 28, 28, 3), random_images(80, 28, 28, 3, seed=1)
+    whole = metrics.extract(other, digits)
+    arrays = {"mu": whole.mu.numpy(), "sigma": whole.sigma.numpy()}
+    np.savez(tmp_path / "named.npz", **arrays, network=digits.name)
+    expected = metrics.evaluate(images, other, ["fid"], digits)
+    assert metrics.evaluate(images, tmp_path / "named.npz", ["fid"], digits) == expected
+    assert set(metrics.evaluate(images, tmp_path / "named.npz", None, digits)) == {"fid", "is"}
+    with pytest.raises(ValueError, match="sfid needs mu_s and sigma_s"):
+        metrics.evaluate(images, tmp_path / "named.npz", ["sfid"], digits)
+    np.savez(tmp_path / "nameless.npz", **arrays)
+    with pytest.warns(UserWarning, match="nameless.npz does not name its network: taken for"):
+        assert metrics.evaluate(images, tmp_path / "nameless.npz", ["fid"], digits) == expected
+
+
+def test_a_data_sets_name_is_looked_up_in_one_place(digits, tmp_path, monkeypatch):
+    """A folder `digits` of the user's is refused by every entry, and taken as ./digits."""
+    (tmp_path / "digits").mkdir()
+    for j, image in enumerate(random_images(5, 28, 28)):
+        Image.fromarray(image).save(tmp_path / "digits" / f"{j}.png")
+    assert metrics.statistics_of("digits", digits).count == 5000
+    monkeypatch.chdir(tmp_path)
+    for refused in (lambda: metrics.usual_features("digits"), lambda: metrics.evaluate("digits"),
+                    lambda: metrics.statistics_of("digits", digits)):
+        with pytest.raises(ValueError, match="digits is a data set's name and a file or folder"):
+            refused()
+    for own in ("./digits", Path("digits")):
+        assert metrics.usual_features(own) == "inception"
+        assert metrics.statistics_of(own, digits).count == 5
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
 
@@ -522,6 +585,13 @@ def test_metrics_of_emoji(tmp_path, monkeypatch, capsys):
     (["digits", "--metrics", "fid, ,kid"], "unknown metric kid"),
     (["digits", "--reference", "nothing"], "nothing is no folder of images"),
     (["digits", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    (["digits", "--metrics", ","], "--metrics names none: use fid"),
+    (["digits", "--features", ""], "argument --features: a name, not an empty one"),
+    (["digits", "--metrics", ""], "argument --metrics: a name, not an empty one"),
+    (["digits", "--clip-model", " "], "argument --clip-model: a name, not an empty one"),
+    (["digits", "--unknown"], "unrecognized arguments: --unknown"),
+    (["emoji", "--reference", "emoji", "--metrics", "is"], "is needs images, not only statistics"),
+    (["emoji", "--features", "digits"], "the digits classifier takes 28 x 28 images, not 32 x 32"),
 ))
 def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # a folder without weights
@@ -529,6 +599,81 @@ def test_mistakes_end_in_one_line(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no connection
     code, _, err = run(monkeypatch, capsys, *args)
     assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.fixture
+def small_sets(tmp_path, monkeypatch, digits):
+    """In the current folder: s.npz with statistics, i.npz with 20 images, c.txt with captions."""
+    monkeypatch.chdir(tmp_path)
+    grey = np.repeat(random_images(20, 28, 28, 1), 3, axis=3)
+    np.savez("i.npz", arr_0=grey)
+    metrics.save_statistics("s.npz", metrics.extract(grey, digits))
+    Path("c.txt").write_text("a\n" * 20)
+    return tmp_path
+
+
+@pytest.mark.parametrize("args", (
+    ["s.npz", "--save-stats", "s.npz"],
+    ["i.npz", "--save-stats", "./i.npz"],
+    ["i.npz", "--reference", "s.npz", "--save-stats", "s.npz"],
+    ["i.npz", "--captions", "c.npz", "--save-stats", "c.npz"],
+    ["i.npz", "--weights", "w.npz", "--save-stats", "w.npz"],
+))
+def test_what_is_read_is_never_written(args, small_sets, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in small_sets.iterdir()}
+    code, _, err = run(monkeypatch, capsys, *args)
+    assert code == 2 and "is read, so it is not written" in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in small_sets.iterdir()} == before
+
+
+def test_mistakes_are_found_before_the_work(small_sets, monkeypatch, capsys):
+    """By statistics_of, which reads all images, no set was asked for; nothing is written."""
+    with np.load("s.npz") as known:
+        np.savez("nan.npz", **{**known, "mu_s": known["mu_s"] * np.nan})
+        np.savez("other.npz", **{**known, "network": "another"})
+    np.savez("three.npz", arr_0=np.zeros((3, 28, 28, 3), np.uint8))
+    np.savez("one.npz", arr_0=np.zeros((1, 28, 28, 3), np.uint8))
+    before = set(small_sets.iterdir())
+    monkeypatch.setattr(metrics, "statistics_of", None)
+    for args, message in (
+        (["--reference", "nan.npz"], "nan.npz cannot be right: mu_s holds NaN"),
+        (["--reference", "other.npz", "--features", "digits"], "other.npz holds statistics of an"),
+        (["--reference", "three.npz", "--features", "digits", "--metrics", "recall"],
+         "recall needs more than 3 images in each set"),
+        (["--reference", "one.npz"], "1 images in one.npz: statistics need two or more"),
+        (["--reference", "emoji", "--features", "digits"], "the digits classifier takes 28 x 28"),
+        (["--captions", "c.txt", "--metrics", "clip"], "--save-stats out"),
+    ):
+        code, _, err = run(monkeypatch, capsys, "i.npz", "--save-stats", "new/x.npz", *args)
+        assert code == 2 and message in err and err.count("\n") == 1
+    assert set(small_sets.iterdir()) == before
+
+
+def test_a_folder_with_strangers_has_one_warning(small_sets):
+    """Though it is listed several times: a line for the folder, and one for the few images."""
+    Path("f").mkdir()
+    for j in range(5):
+        Image.fromarray(random_images(28, 28, seed=j)).save(f"f/{j}.png")
+    Path("f/a.doc").write_text("a letter")
+    answer = subprocess.run([sys.executable, ROOT / "metrics.py", "f", "--device", "cpu"],
+                            capture_output=True, text=True)
+    lines = answer.stderr.splitlines()
+    assert answer.returncode == 0 and len(lines) == 2
+    assert lines[0] == "warning: left out of f: 1 .doc" and lines[1].startswith("note: 5 images")
+
+
+def test_images_of_two_sizes_and_in_colour_are_told(small_sets, monkeypatch, capsys):
+    """Inception enlarges all images to the same size; the classifier looks at one channel."""
+    random = features.Inception()
+    torch.save(random.state_dict(), "random.pth")
+    np.savez("a.npz", arr_0=random_images(2, 40, 40, 3))
+    np.savez("b.npz", arr_0=random_images(2, 40, 50, 3))
+    flags = ["--features", "inception", "--weights", "random.pth", "--metrics", "fid"]
+    with pytest.warns(UserWarning, match="samples are 40 x 40, the reference 40 x 50"):
+        assert run(monkeypatch, capsys, "a.npz", "--reference", "b.npz", *flags)[0] == 0
+    np.savez("a.npz", arr_0=random_images(5, 28, 28, 3))
+    with pytest.warns(UserWarning, match="images in colour: the digits classifier looks at their"):
+        assert run(monkeypatch, capsys, "a.npz", "--metrics", "fid")[0] == 0
 
 
 def test_weights_of_clip_without_a_connection(monkeypatch, tmp_path):
