@@ -347,9 +347,12 @@ def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first
     """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on.
 
     To start at step `first` with a multistep solver, pass a copy.copy of the sampler taken at that
-    step: it carries the solver's history.
+    step: it carries the solver's history. Raises ValueError for a cache of another number of steps.
     """
-    for i in range(first, len(sampler.timesteps)):
+    T = len(sampler.timesteps)
+    if getattr(cache, "steps", T) != T:
+        raise ValueError(f"a schedule of {cache.steps} steps does not fit a sampler of {T}")
+    for i in range(first, T):
         if cache is not None:
             cache.start(i)
         prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache,

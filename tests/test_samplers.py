@@ -13,7 +13,9 @@ from diffusers import (
 )
 
 import samplers
-from samplers import DDIM, DDPM, DPMSolverPlusPlus, Noise, SASolver, make_sampler
+from cache import Cache
+from samplers import DDIM, DDPM, DPMSolverPlusPlus, Noise, SASolver, denoise, make_sampler
+from tests.small import tiny_dit
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # inside diffusers
@@ -645,3 +647,13 @@ def test_ddpm_without_a_learned_variance_raises(i):
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="learn_sigma"):
         DDPM(10).step(torch.zeros(4, 3, 4, 4), i, x, Noise(0, range(2)))
+
+
+@pytest.mark.parametrize("steps", (3, 5, 20))
+def test_a_schedule_of_another_number_of_steps_is_refused(steps):
+    """A longer one would run, with the wrong rows, and nobody would notice."""
+    network = tiny_dit()
+    cache = Cache(torch.ones(steps, len(network.branches), dtype=torch.bool))
+    x, condition = torch.zeros(1, 2, 8, 8), network.condition([1])
+    with pytest.raises(ValueError, match=f"schedule of {steps} steps does not fit a sampler of 4"):
+        denoise(network, DDIM(4), x, condition, 1.0, cache)
