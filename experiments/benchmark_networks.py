@@ -31,9 +31,13 @@ XL = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_chan
 
 
 def pair(kind, depth, dtype):
-    """Our network and diffusers' with its weights, each as a function without arguments."""
-    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
-
+    """Our network and diffusers' with its weights, each as a function without arguments. Raises
+    ValueError if diffusers is not installed."""
+    try:
+        from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"diffusers cannot be imported ({command.one_line(error)}): install "
+                         "requirements-dev.txt") from error
     if kind == "DiT-XL/2":
         network = random_model({**dit.SIZES["XL/2"], "depth": depth, "input_size": 32}).network
         theirs = DiTTransformer2DModel(**XL, num_layers=depth)
@@ -64,8 +68,8 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")
     args = parser.parse_args()
-    if min(args.repeats, args.depth) < 1:
-        raise ValueError("--repeats and --depth must be 1 or more")
+    if args.repeats < 1 or not 1 <= args.depth <= 1000:
+        raise ValueError("--repeats must be 1 or more, --depth 1 to 1000")
 
     def seconds(step):
         start = time.perf_counter()

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import command
 import features
@@ -45,6 +47,7 @@ import router as routers
 import sample
 import shipped
 from cache import Cache
+from experiments.table_files import is_row, read_json, read_training
 from samplers import Noise, make_sampler, walk
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,7 @@ TRAINED = {  # method: the module that trains its routers, and its flags
 }
 EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made by --methods only
 USUAL = ["random", *(method for method in TRAINED if method not in EXTRA)]
+MOST_IMAGES, MOST_SEEDS = 1_000_000, 1000
 TIMED = 5  # batches of a row that are timed beside the same without a cache
 FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora:2",
          "FORA, as reported": "fora-paper:2"}
@@ -110,20 +114,20 @@ def find_router(row, args, out):
     for folder in (SHIPPED, out / "routers"):
         path = folder / f"{row.name}.safetensors"
         if path.exists():
-            return path, json.loads(path.with_suffix(".json").read_text())
-    run = out / "training" / row.name
+            return path, read_training(path.with_suffix(".json"))
+    run = out.resolve() / "training" / row.name  # the trainer runs in another folder
     module, flags = TRAINED[row.method]
     flags = ["--model", row.model, "--steps", row.steps, "--sampler", row.sampler, "--target-cur",
              row.target, "--seed", row.seed, *flags, "--out", run, "--resume"]
     learning_to_cache = row.method == "Learning-to-Cache"
     for key in ("images", "vae"):
         if learning_to_cache and getattr(args, key) is not None:
-            flags += [f"--{key}", getattr(args, key)]
+            flags += [f"--{key}", from_anywhere(getattr(args, key))]
     if not learning_to_cache:
         flags += ["--guidance", args.guidance]
     for key in ("weights", "device", "dtype", "prompts"):
         if getattr(args, key) is not None:
-            flags += [f"--{key}", getattr(args, key)]
+            flags += [f"--{key}", from_anywhere(getattr(args, key))]
     print(f"training {row.name}")
     done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT)
     if done.returncode:
@@ -133,7 +137,12 @@ def find_router(row, args, out):
         temporary.write_text((run / "results.json").read_text())
     with command.replacing(path) as temporary:
         temporary.write_bytes((run / "router.safetensors").read_bytes())
-    return path, json.loads(path.with_suffix(".json").read_text())
+    return path, read_training(path.with_suffix(".json"))
+
+
+def from_anywhere(name):
+    """A file's name as it is found from every folder; another name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def schedule_of(row, branches, args, out):
@@ -189,24 +198,23 @@ def measure(row, model, guidance, items, args, out, look):
     """One row of the table: a dict of numbers, made or found in `out`. Raises ValueError if what
     is found was measured otherwise."""
     about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
-             "reference": args.reference, "batch_size": args.batch_size, "weights": args.weights,
-             "dtype": args.dtype, "prompts": args.prompts, "noise": args.seed,
-             "timed": TIMED}
+             "reference": args.reference, "batch_size": args.batch_size, "dtype": args.dtype,
+             "noise": args.seed, "timed": TIMED, "contents": look.contents}
     known = out / "rows" / f"{row.name}.json"
-    if known.exists():
-        values = json.loads(known.read_text())
+    images = out / "images" / f"{row.name}.npz"
+    # The uncached images are needed by every row that is still to come.
+    if known.exists() and (row != look.first or images.exists()):
+        values = read_json(known, is_row)
         if values["about"] != about:
             raise ValueError(f"{known} was measured with other settings: choose another --out")
         return values
     schedule, training = schedule_of(row, len(model.network.branches), args, out)
-    path = out / "images" / f"{row.name}.npz"
     values = draw(model, row, look.first.steps, schedule, guidance, items, args.seed,
-                  args.batch_size, look.decode, path)
-    values["error"] = error_to(out / "images" / f"{look.first.name}.npz", path)
-    values |= metrics.evaluate(str(path), look.reference, network=look.network)
+                  args.batch_size, look.decode, images)
+    values["error"] = error_to(out / "images" / f"{look.first.name}.npz", images)
+    values |= metrics.evaluate(str(images), look.reference, network=look.network)
     if look.clip:
-        _, images = pictures.read(str(path))
-        values["clip"] = metrics.clip_score(images, items, look.clip)
+        values["clip"] = metrics.clip_score(pictures.read(str(images))[1], items, look.clip)
     values |= {"about": about, "training": training, "computed": schedule.sum(1).tolist()}
     with command.replacing(known) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
@@ -222,6 +230,7 @@ class Look:
     network: object
     reference: object
     clip: object
+    contents: dict  # what tells the weights, what the images show, and the reference from others
 
 
 def accumulated(model, row, schedule, guidance, items, seed):
@@ -264,12 +273,13 @@ def summary(rows, values):
         value["less"] = full["gflop"] / value["gflop"]
         if training:
             value |= {f"training_{key}": training[key] for key in ("seconds", "images")}
-            value["training_mb"] = training["peak_memory"] / 1e6
+            if training["peak_memory"] is not None:
+                value["training_mb"] = training["peak_memory"] / 1e6
         lines.setdefault((row.method, row.steps, row.target), []).append(value)
     table = []
     for (method, steps, target), seeds in lines.items():
         line = {"method": method, "steps": steps, "target": target, "seeds": len(seeds)}
-        for key in seeds[0]:
+        for key in [key for key in seeds[0] if all(key in value for value in seeds)]:
             numbers = [value[key] for value in seeds]
             line[key] = [statistics.mean(numbers),
                          statistics.stdev(numbers) if len(numbers) > 1 else None]
@@ -337,28 +347,37 @@ def read_flags():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_model_flags(parser)
-    parser.add_argument("--curs", default="25,40,55", help="the CURs to compare at, in percent")
-    parser.add_argument("--methods", default=";".join(USUAL),
+    parser.add_argument("--curs", type=command.name, default="25,40,55",
+                        help="the CURs to compare at, in percent")
+    parser.add_argument("--methods", type=command.name, default=";".join(USUAL),
                         help="the methods to have at each of --curs, like 'random;HarmoniCa' "
                              f"(default: {';'.join(USUAL)}; also {';'.join(EXTRA)})")
     parser.add_argument("--seeds", type=int, default=1,
                         help="routers of each kind, from seed 0 on (1); --seed is the images' own")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
     parser.add_argument("--batch-size", type=int, default=25, help="images at once (25)")
-    parser.add_argument("--reference", help="what the images are compared with (as metrics.py)")
-    parser.add_argument("--images", help="a folder of one folder a class, for Learning-to-Cache")
-    parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
-    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/table-MODEL-T)")
+    parser.add_argument("--reference", type=command.name,
+                        help="what the images are compared with (as metrics.py)")
+    parser.add_argument("--images", type=command.name,
+                        help="a folder of one folder a class, for Learning-to-Cache")
+    parser.add_argument("--prompts", type=command.name,
+                        help="a file of prompts, one a line, for a text model")
+    parser.add_argument("--vae", type=command.name,
+                        help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--out", type=command.name, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
     args.curs, args.methods = read_curs(args.curs), args.methods.split(";")
     unknown = [method for method in args.methods if method not in ("random", *TRAINED)]
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
-    if len(set(args.methods)) < len(args.methods) or len(set(args.curs)) < len(args.curs):
+    curs = {f"{100 * cur:g}" for cur in args.curs}  # as in the names of rows
+    if len(set(args.methods)) < len(args.methods) or len(curs) < len(args.curs):
         raise ValueError("--methods and --curs name everything once")
-    if min(args.seeds, args.batch_size) < 1 or args.num_samples < 4:
-        raise ValueError("--seeds and --batch-size must be 1 or more, --num-samples 4 or more")
+    if args.batch_size < 1 or not 1 <= args.seeds <= MOST_SEEDS or not (
+        4 <= args.num_samples <= MOST_IMAGES
+    ):
+        raise ValueError(f"--batch-size must be 1 or more, --seeds 1 to {MOST_SEEDS}, "
+                         f"--num-samples 4 or more, {MOST_IMAGES:,} at most")
     return args
 
 
@@ -399,6 +418,9 @@ def load_model(args):
     args.steps = model.steps if args.steps is None else args.steps
     args.sampler = args.sampler or model.sampler
     make_sampler(args.sampler, args.steps)
+    if max(args.curs) > 1 - 1 / args.steps:
+        raise ValueError(f"--curs: of T = {args.steps} steps the first computes everything, so a "
+                         f"CUR is {100 - 100 / args.steps:.4g} % at most")
     prompts = shipped.read_prompts(args.prompts) if args.prompts else None
     items = model.items(args.num_samples, prompts)
     device = models.find_device(args.device)
@@ -407,21 +429,55 @@ def load_model(args):
     return model.to(device), items
 
 
-def main():
-    args = read_flags()
-    table_figures = import_figures()
-    model, items = load_model(args)
-    steps, sampler, guidance = args.steps, args.sampler, args.guidance
-    out = args.out or Path("runs") / f"table-{args.model}-{steps}"
-    rows = plan(model, sampler, steps, args.curs, args.seeds, args.methods)
+def check_outputs(out, rows):
+    """Raises OSError, before the work, if one of the files of a table cannot be written."""
+    files = [out / name for name in ("table.md", "table.json", "quality.png", "error.png")]
+    for row in rows:
+        files += [out / "rows" / f"{row.name}.json", out / "images" / f"{row.name}.npz"]
+    for file in files:
+        command.check_writable(file)
+
+
+def contents_of(model, items, reference):
+    """What tells a model's weights, what the images show, and a reference from others: a dict."""
+    path = Path(reference)
+    data = path.read_bytes() if path.is_file() else b""
+    return {"weights": model.fingerprint(),
+            "items": hashlib.sha256(repr(items).encode()).hexdigest(),
+            "reference": hashlib.sha256(data).hexdigest()}
+
+
+def prepare(args, model, items, rows):
+    """-> what the table's images are looked at with. Raises ValueError for a reference that cannot
+    be compared with."""
     network = features.load(metrics.usual_features(args.reference), device=model.device)
+    reference = metrics.statistics_of(args.reference, network)
+    numbers = [value for value in vars(reference).values() if torch.is_tensor(value)]
+    if not all(value.isfinite().all() for value in numbers):
+        raise ValueError(f"the statistics of {args.reference} are not all finite")
     clip = None
     if model.text:
         which = "emoji" if args.model == "emoji" else "ViT-B-32"
         clip = features.load_clip(which, "openai", model.device)
-    look = Look(rows[0], sample.make_decoder(model, args.vae), network,
-                metrics.statistics_of(args.reference, network), clip)
+    return Look(rows[0], sample.make_decoder(model, args.vae), network, reference, clip,
+                contents_of(model, items, args.reference))
 
+
+def main():
+    args = read_flags()
+    table_figures = import_figures()
+    model, items = load_model(args)
+    out = Path(args.out or f"runs/table-{args.model}-{args.steps}")
+    rows = plan(model, args.sampler, args.steps, args.curs, args.seeds, args.methods)
+    look = prepare(args, model, items, rows)
+    with command.locked(out):
+        check_outputs(out, rows)
+        write_table(model, items, args, out, rows, look, table_figures)
+
+
+def write_table(model, items, args, out, rows, look, table_figures):
+    """Measures the rows that are not there yet, and writes the table and the figures of all."""
+    steps, sampler, guidance = args.steps, args.sampler, args.guidance
     start = time.perf_counter()
     values = [measure(row, model, guidance, items, args, out, look) for row in rows]
     table = summary(rows, values)
@@ -436,7 +492,7 @@ def main():
                                                    args.seed)
     about = {"model": args.model, "sampler": sampler, "steps": steps, "guidance": guidance,
              "images": len(items), "seed": args.seed, "reference": args.reference,
-             "metrics by": network.name}
+             "metrics by": look.network.name}
     with command.replacing(out / "table.md") as temporary:
         temporary.write_text(words)
     with command.replacing(out / "table.json") as temporary:
@@ -445,8 +501,8 @@ def main():
     table_figures.draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
     timesteps = make_sampler(sampler, steps).timesteps
     table_figures.draw_error(errors, timesteps, out / "error.png", title)
-    print(f"{title}, {len(items)} images a row, seed {args.seed}; metrics by {network.name}\n\n"
-          f"{words}")
+    print(f"{title}, {len(items)} images a row, seed {args.seed}; "
+          f"metrics by {look.network.name}\n\n{words}")
     print(f"{time.perf_counter() - start:.0f} s; wrote table.md, table.json, quality.png and "
           f"error.png in {out}")
 

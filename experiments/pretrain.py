@@ -37,6 +37,7 @@ import shipped
 import text
 from samplers import DDPM
 
+VERSION = 1  # of what a state holds and of what it leads to: a state of another one is refused
 SAVE_EVERY = 200  # steps
 DROP_LABEL = 0.1  # the share of labels replaced by the null label, for classifier-free guidance
 SETTINGS = {  # the defaults of each model; ema=0.0 means no averaging of the weights
@@ -63,25 +64,37 @@ def learning_rate(step, steps, peak):
 
 def fit(network, loss, args, state_path, bfloat16=False):
     """Trains `network` with AdamW; loss(generator, step) returns a dict of terms to add up. Saves
-    the state every SAVE_EVERY steps and, with args.resume, continues from it.
+    the state before the first step, every SAVE_EVERY steps and at the end and, with args.resume,
+    continues from it.
 
     -> a copy of the network with averaged weights, in eval mode, and the hours that training took.
-    Raises ValueError for a state of other settings and for a loss that is not finite.
+    Raises ValueError for a state of other settings or a damaged one, and for a loss that is not
+    finite.
     """
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0)
-    settings = used_settings(args) | {"network": type(network).__name__, "compile": args.compile}
+    settings = used_settings(args) | {"network": type(network).__name__, "compile": args.compile,
+                                      "version": VERSION}
     first, seconds = 0, 0.0
-    command.check_writable(state_path)
-    if args.resume and Path(state_path).exists():
+    check_state(state_path, args)
+    if Path(state_path).exists():
         state = command.load_state(state_path)
         if not isinstance(state, dict) or state.get("settings") != settings:
             raise ValueError(f"{state_path} is not the state of a run with these settings")
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        # bfloat16 as before: this machine may find the other dtype faster.
-        first, seconds, bfloat16 = state["step"], state["seconds"], state["bfloat16"]
+        first, seconds, bfloat16 = load(state, state_path, network, average, optimizer, args.steps)
+
+    def save_at(step):
+        state = {"settings": settings, "network": network.state_dict(),
+                 "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step, "seconds": seconds, "bfloat16": bfloat16}
+        try:
+            command.save_state(state_path, state)
+        except OSError as error:  # a full disk, say
+            raise OSError(f"{state_path} cannot be written ({error}): once it can be, the same "
+                          "command with --resume goes on from the last state") from error
+
+    if not Path(state_path).exists():
+        save_at(0)  # so that a lack of room is found now, and there is a state to go on from
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
 
@@ -96,12 +109,54 @@ def fit(network, loss, args, state_path, bfloat16=False):
             running[key] = 0.99 * running.get(key, term.item()) + 0.01 * term.item()
         bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()})
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
-            command.save_state(state_path, {
-                "settings": settings, "network": network.state_dict(),
-                "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": step + 1, "seconds": seconds, "bfloat16": bfloat16,
-            })
+            save_at(step + 1)
     return average.eval(), seconds / 3600
+
+
+def check_state(path, args):
+    """Raises OSError if no state can be written, ValueError if there is one that is not resumed."""
+    command.check_not_read(args.out, path)
+    command.check_writable(path)
+    if Path(path).exists() and not args.resume:
+        raise ValueError(f"{path} holds a run: --resume goes on with it, or name another --state")
+
+
+def load(state, path, network, average, optimizer, steps):
+    """Puts a state, a dict read from `path`, into the three. -> the step to go on with, the seconds
+    so far, and whether it was bfloat16 (this machine may find the other dtype faster).
+    Raises ValueError if it cannot have come from a run."""
+    try:
+        groups = [{key: value for key, value in group.items() if key not in ("lr", "initial_lr")}
+                  for group in optimizer.state_dict()["param_groups"]]
+        for key, module in (("network", network), ("average", average)):
+            for name, value in module.state_dict().items():
+                if state[key][name].dtype != value.dtype:
+                    raise ValueError(f"{name} is {state[key][name].dtype}")
+            module.load_state_dict(state[key])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds, bfloat16 = (state[key] for key in ("step", "seconds", "bfloat16"))
+        theirs = optimizer.state_dict()["param_groups"]
+        theirs = [{key: group.get(key) for key in ours}
+                  for group, ours in zip(theirs, groups, strict=True)]
+        if type(first) is not int or not 0 <= first <= steps or type(bfloat16) is not bool or (
+            not 0 <= seconds < math.inf or theirs != groups
+        ):
+            raise ValueError("its numbers do not go together")
+        tensors = [*network.state_dict().values(), *average.state_dict().values()]
+        for parameter in network.parameters() if first else ():
+            moments = optimizer.state[parameter]
+            if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("its moments have other shapes")
+            if moments["step"].item() != first:
+                raise ValueError("its moments are of another step")
+            tensors += [moments["exp_avg"], moments["exp_avg_sq"]]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("not all of its numbers are finite")
+    except Exception as error:  # a foreign file may hold anything anywhere
+        reason = command.one_line(f"{type(error).__name__}: {error}")[:200]
+        raise ValueError(f"{path} is not a whole state of this training ({reason}): name another "
+                         "--state") from error
+    return first, seconds, bfloat16
 
 
 def used_settings(args):
@@ -243,7 +298,15 @@ def train_classifier(args):
     trainings, each with other 1,000 digits held out. The network with fold 0 held out is saved,
     with its statistics of the digits beside it."""
     images, labels = shipped.digits("all")
-    accuracies = []
+    accuracies, state = [], Path(args.state)
+    states = [state.with_stem(f"{state.stem}-{fold}") for fold in range(3)]
+    outputs = {name: Path(args.out).with_name(f"digits_{name}.npz")
+               for name in ("statistics", "held_out_statistics")}
+    for path in outputs.values():
+        command.check_not_read(path, args.out, *states)
+        command.check_writable(path)
+    for path in states:
+        check_state(path, args)
     for fold in (2, 1, 0):  # fold 0 last, so that its network is at hand below
         held_out = shipped.held_out(labels, fold)
         seen, seen_labels = images[~held_out], labels[~held_out]
@@ -256,8 +319,7 @@ def train_classifier(args):
             _, _, logits = network(augmented(seen[batch], generator))
             return {"cross-entropy": F.cross_entropy(logits, seen_labels[batch])}
 
-        state = Path(args.state)
-        network, hours = fit(network, loss, args, state.with_stem(f"{state.stem}-{fold}"))
+        network, hours = fit(network, loss, args, states[fold])
         with torch.no_grad():
             logits = network(images[held_out])[2]
         accuracies.append((logits.argmax(1) == labels[held_out]).double().mean().item())
@@ -266,8 +328,7 @@ def train_classifier(args):
     print(f"mean of three splits {100 * sum(accuracies) / 3:.2f} %")
     save_weights(args.out, network, args, hours=f"{hours:.2f}", data="digits28.npz",
                  accuracies=words)
-    for source, name in (("digits", "statistics"), ("digits-held-out", "held_out_statistics")):
-        path = Path(args.out).with_name(f"digits_{name}.npz")
+    for source, path in zip(("digits", "digits-held-out"), outputs.values(), strict=True):
         metrics.save_statistics(path, metrics.extract(source, network))
         print(f"wrote {path}")
 
@@ -392,12 +453,14 @@ def main():
     parser.add_argument("--model", default="digits", choices=TRAIN, help="default: digits")
     parser.add_argument("--steps", type=int, help="optimiser steps (digits: 8000)")
     parser.add_argument("--batch-size", type=int, help="images a step (digits: 64)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (digits: 2e-3)")
-    parser.add_argument("--ema", type=float,
+    parser.add_argument("--lr", type=command.finite, help="peak learning rate (digits: 2e-3)")
+    parser.add_argument("--ema", type=command.finite,
                         help="decay of the averaged weights, 0 for no average (digits: 0.999)")
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (0)")
-    parser.add_argument("--out", help="file of the weights (default: in checkpoints/)")
-    parser.add_argument("--state", help="file for --resume (default: in runs/pretrain/)")
+    parser.add_argument("--out", type=command.name,
+                        help="file of the weights (default: in checkpoints/)")
+    parser.add_argument("--state", type=command.name,
+                        help="file for --resume (default: runs/pretrain/MODEL/state.pt)")
     parser.add_argument("--compile", action="store_true",
                         help="fuse the operations of the emoji PixArt: 1.3 x as fast, not bitwise "
                              "the same weights; needs a C++ compiler")
@@ -410,9 +473,12 @@ def main():
         raise ValueError("--steps and --batch-size must be 1 or more, --lr more than 0, --ema from "
                          "0 to less than 1")
     args.out = args.out or f"checkpoints/{OUT[args.model]}"
-    args.state = args.state or f"runs/pretrain/{args.model}.pt"
+    if args.compile and args.model != "emoji":
+        raise ValueError("--compile is for --model emoji only")
+    args.state = args.state or f"runs/pretrain/{args.model}/state.pt"
     command.check_writable(args.out)
-    TRAIN[args.model](args)
+    with command.locked(Path(args.state).parent):
+        TRAIN[args.model](args)
 
 
 if __name__ == "__main__":

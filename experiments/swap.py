@@ -24,6 +24,8 @@ import router as routers
 from cache import Cache
 from samplers import Noise, denoise, make_sampler
 
+MOST_IMAGES = 100_000
+
 
 def computing(schedule, i):
     """The schedule with step i computing everything."""
@@ -50,8 +52,8 @@ def main():
     parser.add_argument("--num-samples", type=int, default=100, help="images (100)")
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (default: 0)")
     args = parser.parse_args()
-    if args.num_samples < 1:
-        raise ValueError("--num-samples must be 1 or more")
+    if not 1 <= args.num_samples <= MOST_IMAGES:
+        raise ValueError(f"--num-samples must be 1 to {MOST_IMAGES:,}, all at once")
     model = models.load(args.model)
     models.choose_kernels(model)
     file = routers.load(args.router or model.router)
