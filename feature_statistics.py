@@ -79,7 +79,10 @@ class Statistics:
 
 def look(batch, network):
     """uint8 (B, H, W, 3) -> the network's pooled (B, D), spatial (B, S) and logits (B, classes) or
-    None, float32 on the CPU. Raises ValueError if they are not finite."""
+    None, float32 on the CPU. Raises ValueError if they are not finite, and for images without
+    pixels."""
+    if not batch.size:
+        raise ValueError(f"images of {' x '.join(map(str, batch.shape[1:3]))} pixels")
     pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)  # (B, 3, H, W)
     pixels = pixels.to(next(network.parameters()).device)
     with full_precision(), torch.no_grad():

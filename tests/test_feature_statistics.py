@@ -201,3 +201,5 @@ def test_features_that_are_not_finite_are_refused():
     network.conv1.bn.running_var.fill_(-1)
     with pytest.raises(ValueError, match="features of digits classifier are not finite"):
         feature_statistics.extract(np.zeros((2, 28, 28, 3), np.uint8), network)
+    with pytest.raises(ValueError, match="images of 0 x 28 pixels"):
+        feature_statistics.extract(np.zeros((2, 0, 28, 3), np.uint8), network)

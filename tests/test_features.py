@@ -1,5 +1,7 @@
 """The feature networks, against pytorch-fid and torch-fidelity with the same random weights."""
 
+import warnings
+
 import pytest
 import torch
 from pytorch_fid.inception import fid_inception_v3
@@ -109,6 +111,48 @@ def test_weights_that_do_not_fit(inception, tmp_path):
         features.load("inception", tmp_path / "cut.pth")
     with pytest.raises(FileNotFoundError, match="no weights at"):
         features.load("inception", tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("change, message", (
+    (lambda x: x.round().int(), "is int32, not floating point"),
+    (lambda x: x > 0, "is bool, not floating point"),
+    (lambda x: x * torch.nan, "holds NaN or infinite numbers"),
+    (lambda x: x / 0, "holds NaN or infinite numbers"),
+    (lambda x: x.to_sparse(), "is no ordinary tensor with data"),
+    (lambda x: x.to("meta"), "is no ordinary tensor with data"),
+    (lambda x: x.to(torch.complex64), "is complex64, not floating point"),
+))
+@pytest.mark.parametrize("name, tensor", (("digits", "fc.weight"), ("emoji", "text.weight"),
+                                          ("inception", "Mixed_7c.branch1x1.conv.weight")))
+def test_what_is_no_weight(inception, tmp_path, name, tensor, change, message):
+    """Loading would copy whole numbers and NaN into the network without a word."""
+    network = features.load(name, inception if name == "inception" else None)
+    state = network.state_dict()
+    torch.save({**state, tensor: change(state[tensor])}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=f"bad.pth: {tensor} {message}") as caught:
+        features.load(name, tmp_path / "bad.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, side", (("digits", 28), ("emoji", 32), ("inception", 64)))
+def test_sizes_are_those_of_the_features(inception, name, side):
+    network = features.load(name, inception if name == "inception" else None)
+    with torch.no_grad():
+        seen = network(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+    assert network.sizes == tuple(None if x is None else x.shape[1] for x in seen)
+
+
+def test_the_classifier_warns_of_colours():
+    """It looks at red only. JPEG's small differences between channels are not colours."""
+    images = torch.full((2, 3, 28, 28), 100, dtype=torch.uint8)
+    images[1, 2] += 10
+    network = features.load("digits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(images)
+    images[1, 2, 5, 5] = 0
+    with pytest.warns(UserWarning, match="images in colour: the digits classifier looks at their"):
+        network(images)
 
 
 def test_unknown_names():
