@@ -224,3 +224,104 @@ def test_the_encoders_training_holds_out_what_it_tests(tmp_path, monkeypatch, ca
     assert not any(image.numpy().tobytes() in held_out for batch in seen for image in batch)
     assert "of 103" in capsys.readouterr().out
     assert features.load("emoji", tmp_path / "weights.safetensors").name == "emoji encoder"
+
+
+# ------------------------------------------------------------------------------------------------
+# States and disks as they may be
+
+
+def changed_state(change):
+    """A function that changes a state in place."""
+    def function(state):
+        exec(change, {"torch": torch, "state": state, "nan": math.nan})
+    return function
+
+
+@pytest.mark.parametrize("change", [
+    "del state['optimizer']", "del state['network']", "state['average'] = None",
+    "state['network'] = []", "state['step'] = -1", "state['step'] = 6", "state['step'] = 2.0",
+    "state['step'] = True", "state['seconds'] = nan", "state['seconds'] = 'long'",
+    "state['bfloat16'] = None", "state['optimizer']['state'] = {}",
+    "state['optimizer']['param_groups'] = []",
+    "state['optimizer']['param_groups'][0]['betas'] = (0.5, nan)",
+    "state['optimizer']['state'][0]['exp_avg'] = torch.zeros(3)",
+    "state['optimizer']['state'][0]['exp_avg'].fill_(nan)",
+    "state['optimizer']['state'][0]['step'].fill_(1)",
+    "next(iter(state['network'].values())).fill_(nan)",
+    "state['network']['x_embedder.proj.bias'] = torch.zeros(3)",
+    "state['average']['x_embedder.proj.bias'] = torch.zeros(128).long()",
+    "state['network']['more'] = torch.zeros(3)",
+])
+def test_a_state_that_no_run_wrote_is_refused_in_one_line(finished, tmp_path, change):
+    """The right end: ValueError that names the file; no weights."""
+    state = command.load_state(finished / "state.pt")
+    changed_state(change)(state)
+    command.save_state(tmp_path / "state.pt", state)
+    with pytest.raises(ValueError, match="is not a whole state of this training") as caught:
+        pretrain.train_digits(arguments(tmp_path))
+    assert str(tmp_path / "state.pt") in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    pretrain.train_digits(arguments(folder))
+    return folder
+
+
+def test_a_finished_run_is_not_begun_anew_by_mistake(finished):
+    before = (finished / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run: --resume goes on with it"):
+        pretrain.train_digits(arguments(finished, resume=False))
+    assert (finished / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("full_at", (1, 2, 3))
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
+    finished, tmp_path, monkeypatch, full_at
+):
+    """Full before the first step, and at the first and second save after it. The right value: the
+    weights of a run that was never interrupted, bitwise."""
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    save_state, count = command.save_state, []
+
+    def full(path, state):
+        count.append(path)
+        if len(count) == full_at:
+            raise OSError(28, "No space left on device")
+        save_state(path, state)
+
+    monkeypatch.setattr(command, "save_state", full)
+    with pytest.raises(OSError, match=r"state\.pt cannot be written .*No space left.*--resume"):
+        pretrain.train_digits(arguments(tmp_path))
+    monkeypatch.setattr(command, "save_state", save_state)
+    before = (tmp_path / "state.pt").exists()
+    assert before == (full_at > 1)
+    pretrain.train_digits(arguments(tmp_path))
+    whole, parts = (load_file(folder / "weights.safetensors") for folder in (finished, tmp_path))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "inf"], "a finite number, not inf"), (["--ema", "nan"], "a finite number, not nan"),
+    (["--lr", "nan"], "a finite number"), (["--out", ""], "a name, not an empty one"),
+    (["--compile"], "--compile is for"), (["--out", "same", "--state", "same"], "same is read"),
+    (["--steps", "0"], "must be 1 or more"), (["--out", "."], "it is a folder"),
+])
+def test_flags_out_of_range_end_with_2_and_write_nothing(tmp_path, monkeypatch, capsys, flags,
+                                                         words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", "w", "--state", "s/state.pt", *flags])
+    with pytest.raises(SystemExit) as caught:
+        command.run(pretrain.main)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path / "w"), "--state",
+                                     str(tmp_path / "state.pt")])
+    with command.locked(tmp_path), pytest.raises(SystemExit) as caught:
+        command.run(pretrain.main)
+    assert caught.value.code == 2 and "in use by another process" in capsys.readouterr().err
