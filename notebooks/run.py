@@ -1,4 +1,4 @@
-"""Executes the notebooks of this folder and holds the numbers that they print against the stored
+"""Executes the notebooks of this folder and compares the numbers that they print with the stored
 ones.
 
     make notebooks                                    # all; up to 3 minutes each
@@ -6,19 +6,19 @@ ones.
     python notebooks/run.py --changed                 # those whose code or data changed since
     python notebooks/run.py --write                   # store the fresh outputs in the files
 
-A number is compared if the line that prints it ends with a tolerance, in the number's own unit:
+A number is compared if its line ends with a tolerance, in the number's own unit:
 
     CUR 30.3 % (+- 0.1)
     error of fora:2 0.0024 (+- 0.0001)
 
-Of several numbers in a line the last one before the tolerance counts; the rest of the line is the
-name, which a notebook uses once only. Lines without a tolerance (times, for example) and pictures
-are not compared.
+The last number before the tolerance is compared. The rest of the line is its name, which must be
+unique in the notebook. Lines without a tolerance (times, for example) are not compared, and neither
+are pictures.
 
-`--write` also notes a fingerprint in the file, of all that its numbers come from: the code cells,
-the project's modules that they import, directly or not, `data/`, `checkpoints/`,
-`constraints.txt`, and the numbers themselves. `--changed` executes the notebooks whose fingerprint
-is another one by now. So it needs no git history, and what it skips was executed just as it is.
+`--write` also stores a fingerprint of everything that the numbers depend on: the code cells, the
+project's modules that they import, directly or not, `data/`, `checkpoints/`, `constraints.txt`, and
+the numbers themselves. `--changed` executes the notebooks whose fingerprint has changed. This needs
+no git history, and a notebook that it skips was executed in exactly its present state.
 """
 
 import argparse
@@ -42,8 +42,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 LINE = re.compile(rf"(.*\s)({NUMBER})((?:\s.*)?)\s\(\+- ({NUMBER})\)\s*")  # name, value, unit
-SECONDS = 600  # a cell that takes longer hangs
-QUIET = ["--log-level=ERROR"]  # no word on encryption: the kernel is on this machine
+SECONDS = 600  # time limit of a cell
+QUIET = ["--log-level=ERROR"]  # no warning about encryption: the kernel is on this machine
 
 # ------------------------------------------------------------------------------------------------
 # Numbers
@@ -63,8 +63,8 @@ def printed_lines(notebook):
 
 def numbers(notebook):
     """The numbers to compare: {the line, with ... for its number: (value, tolerance)}.
-    Raises ValueError if a line has a tolerance but no number, or several, or two lines have one
-    name."""
+    Raises ValueError if a line has a tolerance but no number, if it has several tolerances, or if
+    two lines have the same name."""
     found = {}
     for line in printed_lines(notebook):
         if "(+-" not in line:
@@ -75,13 +75,13 @@ def numbers(notebook):
         before, value, unit, tolerance = match.groups()
         name = f"{before}...{unit} (+- {tolerance})"
         if name in found:
-            raise ValueError(f"two lines with one name: {name}")
+            raise ValueError(f"two lines with the same name: {name}")
         found[name] = Decimal(value), Decimal(tolerance)
     return found
 
 
 def compare(stored, fresh):
-    """Two executions of a notebook -> a list of what does not agree, in words; empty if all does.
+    """Compares two executions of a notebook -> a list of messages, one per disagreement.
     Raises ValueError as `numbers` does."""
     old, new = numbers(stored), numbers(fresh)
     if not new:
@@ -96,7 +96,7 @@ def compare(stored, fresh):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the numbers come from
+# What the numbers depend on
 
 
 def imported_names(source):
@@ -106,6 +106,7 @@ def imported_names(source):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            # In `from experiments import swap` the imported name is itself a module.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -123,7 +124,7 @@ def imported_files(source):
 
 
 def fingerprint(notebook):
-    """Of the code, the data and the stored numbers of a notebook: a string."""
+    """A hash of a notebook's code, its data and its stored numbers: a string."""
     source = "\n".join(cell.source for cell in code_cells(notebook))
     shipped = {path for folder in ("data", "checkpoints") for path in (ROOT / folder).rglob("*")}
     files = imported_files(source) | {ROOT / "constraints.txt"} | shipped
@@ -140,7 +141,7 @@ def fingerprint(notebook):
 
 
 def shrink(notebook, limit=100_000):
-    """Gives pictures of more than `limit` characters 128 colours, which halves the file."""
+    """Reduces pictures of more than `limit` characters to 128 colours, which halves the file."""
     for cell in code_cells(notebook):
         for output in cell.outputs:
             data = output.get("data", {})
@@ -152,8 +153,8 @@ def shrink(notebook, limit=100_000):
 
 
 def execute(notebook, folder):
-    """A copy of the notebook with fresh outputs, executed from top to bottom with `folder` as the
-    working directory. Raises one of nbclient's errors if a cell fails."""
+    """Executes a copy of the notebook from top to bottom, with `folder` as the working directory.
+    -> the copy, with fresh outputs. Raises one of nbclient's errors if a cell fails."""
     fresh = copy.deepcopy(notebook)
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(fresh, timeout=SECONDS, kernel_name="python3", record_timing=False,
@@ -162,8 +163,8 @@ def execute(notebook, folder):
 
 
 def check(path, write=False):
-    """Executes one notebook, prints what came of it, and stores its outputs if `write`.
-    -> whether all is well."""
+    """Executes one notebook, prints the result of the comparison, and stores the new outputs if
+    `write`. -> False if a cell failed or, without `write`, if a number disagrees."""
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     try:
@@ -187,7 +188,7 @@ def check(path, write=False):
 
 
 def changed(path):
-    """Whether anything that its numbers come from was changed since a notebook was stored."""
+    """Whether anything that a notebook's numbers depend on has changed since it was stored."""
     notebook = nbformat.read(path, as_version=4)
     return notebook.metadata.get("fingerprint") != fingerprint(notebook)
 
@@ -209,8 +210,8 @@ def main():
         skipped = [path.name for path in paths if not changed(path)]
         print(f"not changed since they were stored: {', '.join(skipped) or 'none'}")
         paths = [path for path in paths if path.name not in skipped]
-    well = [check(path, args.write) for path in paths]
-    sys.exit(0 if all(well) else 1)
+    passed = [check(path, args.write) for path in paths]  # all of them, even after a failure
+    sys.exit(0 if all(passed) else 1)
 
 
 if __name__ == "__main__":

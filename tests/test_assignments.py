@@ -1,5 +1,5 @@
 """The course assignments: the solutions earn all points, the stubs none, planted mistakes lose
-some, the release gives nothing away, and no submission stops the grading of the others."""
+some, the release contains no solution, and no submission stops the grading of the others."""
 
 import ast
 import importlib.util
@@ -20,7 +20,7 @@ NAMES = sorted(file.parent.name for file in HERE.glob("a*/test_student.py"))
 
 
 def script(name, root=ROOT):
-    """release.py or grade.py as a module; each works in the repository that it lies in."""
+    """release.py or grade.py as a module; each works on the repository that contains it."""
     path = root / "notebooks" / "assignments" / "lecturer" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_{abs(hash(root))}", path)
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def run(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """The release, made by the command and unpacked: its root."""
+    """The root of the release, made by the command and unpacked."""
     folder = tmp_path_factory.mktemp("course")
     made = run(HERE / "lecturer" / "release.py", "--out", folder / "release.zip", cwd=folder)
     assert made.returncode == 0, made.stderr
@@ -52,8 +52,9 @@ def unpacked(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=NAMES)
 def graded(request, unpacked, tmp_path_factory):
-    """An assignment, graded in a release to which a lecturer's folder was added, so that nothing of
-    the repository can be missing there: its name, the points, and what each file earned."""
+    """An assignment's name, its points, and the grades of the solution, the stub and the wrong
+    answers. They are graded in the release, with the lecturer's folder added: this shows that the
+    release lacks nothing."""
     name, lecturer = request.param, unpacked / "notebooks" / "assignments" / "lecturer"
     if not lecturer.exists():
         shutil.copytree(HERE / "lecturer", lecturer)
@@ -94,7 +95,7 @@ def test_each_planted_wrong_answer_loses_points_and_not_all(graded):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_solution_fits_the_stub_and_the_withheld_cases_are_others(name):
+def test_the_solution_fits_the_stub_and_the_withheld_cases_differ(name):
     def signatures(file):
         nodes = [node for node in ast.walk(ast.parse(file.read_text()))
                  if isinstance(node, ast.FunctionDef)]
@@ -137,8 +138,8 @@ def test_the_handouts_name_every_task_with_its_points(name):
 
 
 def test_students_commands(unpacked, tmp_path):
-    """One task of one assignment in the release as it is, and everything in one solved, from its
-    root, with the cases that students see."""
+    """From the release's root, with the cases that students see: one task of one assignment as
+    released, then all assignments with the solutions."""
     name, task = NAMES[0], list(script("grade").read_points(HERE / NAMES[0]))[0]
     one = run("-m", "pytest", f"notebooks/assignments/{name}", "-m", task, cwd=unpacked)
     assert f"NotImplementedError: {task}: " in one.stdout and "deselected" in one.stdout
@@ -173,7 +174,7 @@ def test_the_release_holds_what_students_need_and_nothing_of_the_lecturer(unpack
 
 @pytest.fixture
 def course(tmp_path):
-    """A small copy of the repository, to plant things in."""
+    """A small copy of the repository, in which tests plant leaks."""
     shutil.copytree(HERE, tmp_path / "notebooks" / "assignments")
     for name in ("README.md", "command.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -220,7 +221,7 @@ def test_the_release_command_exits_with_2_on_a_leak(course):
 
 
 # ------------------------------------------------------------------------------------------------
-# Grading, on an assignment that needs no torch, so that a run takes half a second
+# Grading, on an assignment without torch, so that a run takes half a second
 
 TESTS = '''
 import pytest
@@ -243,7 +244,7 @@ def one(x): return x + 1
 def two(): return 2
 def three(): return 3
 '''
-SUBMISSIONS = {  # name: (its student.py, the points it earns, a failure and what it is told)
+SUBMISSIONS = {  # name: (its student.py, the points it earns, (a failed task, its message))
     "fine": (SOLUTION, 7, None),
     "seeds_by_heart": (SOLUTION.replace("x + 1", "{0: 1, 1: 2}[x]"), 6,
                        ("task9_1", "KeyError")),
@@ -277,7 +278,7 @@ SUBMISSIONS = {  # name: (its student.py, the points it earns, a failure and wha
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Another repository with one assignment, and its submissions: -> root, folder."""
+    """Another repository, with one assignment, and a folder of submissions: -> root, folder."""
     root, submissions = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("submissions")
     folder = root / "notebooks" / "assignments"
     solution = folder / "lecturer" / "solutions" / "a9_tiny"
@@ -310,7 +311,7 @@ def test_every_folder_is_graded(marks):
 
 
 @pytest.mark.parametrize("name", sorted(SUBMISSIONS))
-def test_a_bad_submission_gets_what_its_other_tasks_earn(marks, name):
+def test_a_bad_submission_keeps_the_points_of_its_other_tasks(marks, name):
     _, total, failure = SUBMISSIONS[name]
     assert marks[name]["total"] == total == sum(marks[name]["points"].values()), marks[name]
     if failure is None:
@@ -338,7 +339,7 @@ def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
     assert list(content["submissions"]["skips"]["failures"]) == ["task9_2"]
 
 
-def test_mistakes_of_the_lecturer_are_told(tiny, tmp_path):
+def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
     root, submissions = tiny
     grade = script("grade", root)
     with pytest.raises(ValueError, match="no assignment a8: there are a9_tiny"):

@@ -1,4 +1,4 @@
-"""The competition's leaderboard: what it refuses, what it survives, and what it counts."""
+"""The competition's leaderboard: what it refuses, what it survives, and how it ranks."""
 
 import importlib.util
 import math
@@ -13,7 +13,7 @@ import torch
 import models
 import router
 from cache import Cache
-from sample import Noise, denoise, make_sampler
+from samplers import Noise, denoise, make_sampler
 
 ASSIGNMENTS = Path(__file__).parent.parent / "notebooks" / "assignments"
 SCRIPT = ASSIGNMENTS / "a5_competition" / "leaderboard.py"
@@ -23,7 +23,7 @@ SCRIPT = ASSIGNMENTS / "a5_competition" / "leaderboard.py"
 def leaderboard():
     spec = importlib.util.spec_from_file_location("leaderboard", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["leaderboard"] = module  # its dataclass looks for it there
+    sys.modules["leaderboard"] = module  # where its dataclass looks for the module
     spec.loader.exec_module(module)
     return module
 
@@ -49,13 +49,13 @@ NO_ROW_0[0, 3] = False
         (np.array(True), r"\(20, 16\)"),
     ],
 )
-def test_what_is_no_schedule_of_half_is_refused(leaderboard, schedule, words):
+def test_a_wrong_schedule_is_refused(leaderboard, schedule, words):
     leaderboard.check(HALF, 20, 16)
     with pytest.raises(ValueError, match=words):
         leaderboard.check(schedule, 20, 16)
 
 
-def test_images_do_not_depend_on_the_batch_and_are_those_of_sampling(leaderboard, monkeypatch):
+def test_images_are_those_of_sampling_for_every_batch_size(leaderboard, monkeypatch):
     model, schedule = models.load("digits", device="cpu"), router.random(4, 16, 0.5)
     model.steps = 4
     images = leaderboard.sample(model, schedule, 3, seed=5)
@@ -68,7 +68,7 @@ def test_images_do_not_depend_on_the_batch_and_are_those_of_sampling(leaderboard
     assert torch.equal(images, expected)
 
 
-def test_the_table_is_in_order_and_counts_submissions_only(leaderboard):
+def test_the_table_is_in_order_and_only_submissions_have_a_place(leaderboard):
     rows = [leaderboard.Row("(none)", 1, 0, 0, None), leaderboard.Row("ada", 2, 0.5, 0.1, 3.0),
             leaderboard.Row("(fora)", 3, 0.5, 0.2, None), leaderboard.Row("bob", 4, 0.6, 0.3, 1.0)]
     lines = leaderboard.table(rows, {"eve": "late"}).splitlines()
@@ -81,7 +81,7 @@ def test_the_table_is_in_order_and_counts_submissions_only(leaderboard):
 # Submissions
 
 FINE = "import router\ndef make_schedule(model, seconds): return router.fora_paper(20, 16, 2)\n"
-SUBMISSIONS = {  # name: (student.py, why it is refused)
+SUBMISSIONS = {  # name: (student.py, the reason why it is refused)
     "fine": (FINE, None),
     "fails": ("raise KeyError('table')", "KeyError: 'table'"),
     "endless": (FINE.replace("return", "\n while True: pass\n return"), "processor time"),
@@ -115,7 +115,7 @@ def test_bad_submissions_are_refused_and_the_others_ranked(tmp_path):
     assert ranked["(random:0.5)"][1] == "50.00"
 
 
-def test_an_empty_folder_is_told(leaderboard, tmp_path, monkeypatch):
+def test_an_empty_folder_is_an_error(leaderboard, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no submissions: one is NAME/student.py"):
         leaderboard.main()

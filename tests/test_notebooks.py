@@ -1,5 +1,5 @@
-"""The stored walkthrough notebooks have their form, and the runner's comparison does its work. The
-notebooks themselves are executed by `make notebooks`."""
+"""The stored walkthrough notebooks are well-formed, and the runner's comparison works. `make
+notebooks` executes the notebooks themselves."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def read(path):
 
 
 def texts(value):
-    """Every string in a tree of dicts and lists, but those of images."""
+    """Every string in a tree of dicts and lists, except those of images."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -64,7 +64,7 @@ def test_outputs_are_stored_without_errors_or_this_machines_paths(path):
 
 @WALKTHROUGHS
 def test_nothing_of_the_project_is_defined_again(path):
-    """No name that a top-level module of the project defines is defined in a notebook."""
+    """No notebook defines a function or class that a top-level module defines."""
     source = "\n".join(cell.source for cell in run.code_cells(read(path)))
     kinds = ast.FunctionDef | ast.ClassDef
     defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
@@ -83,7 +83,7 @@ def test_every_notebook_is_in_the_readme():
 
 
 def printing(*texts, source="pass"):
-    """A notebook of one cell for each text, which prints that text."""
+    """A notebook with one cell for each text, which prints it."""
     cells = [new_markdown_cell("**A question?**")]
     for text in texts:
         output = new_output("stream", name="stdout", text=text)
@@ -103,7 +103,7 @@ def test_numbers_are_read():
 
 @pytest.mark.parametrize("cur, error", [("30.3", "2.4e-3"), ("30.4", "0.00230"), ("30.2", "25e-4")])
 def test_numbers_within_their_tolerance_agree(cur, error):
-    """Up to the tolerance itself; times, other words and other cells do not matter."""
+    """The tolerance itself is allowed. Times, other text and the cells do not matter."""
     fresh = printing(f"seconds 99\nCUR {cur} % (+- 0.1)\nerror of fora:2 {error} (+- 1e-4)\n")
     assert run.compare(STORED, fresh) == []
 
@@ -119,7 +119,7 @@ def test_numbers_within_their_tolerance_agree(cur, error):
         ("CUR 30.3 % (+- 0.1)\nnew 1 (+- 0)", "printed but not stored: new ... (+- 0)"),
     ],
 )
-def test_what_does_not_agree_is_told(text, complaint):
+def test_disagreements_are_reported(text, complaint):
     fresh = printing(f"{text}\nerror of fora:2 2.4e-3 (+- 1e-4)\n")
     assert complaint in run.compare(STORED, fresh)
 
@@ -136,7 +136,7 @@ def test_a_notebook_without_stored_numbers_does_not_pass():
 
 
 # ------------------------------------------------------------------------------------------------
-# What is executed again
+# Which notebooks are executed again
 
 
 def test_imports_are_followed():
@@ -147,9 +147,9 @@ def test_imports_are_followed():
     assert {"pretrain.py", "shipped.py"} <= files
 
 
-def test_the_fingerprint_tells_changes(tmp_path, monkeypatch):
-    """Of cells, of numbers, of a module that is imported by another, of what is shipped; not of
-    text, of times, or of a module that is not imported."""
+def test_the_fingerprint_changes_with_what_the_numbers_depend_on(tmp_path, monkeypatch):
+    """It changes with cells, numbers, modules that are imported directly or by another module, and
+    shipped files. It does not change with text, times, or modules that are not imported."""
     for name in ("data", "checkpoints", "notebooks"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoints" / "table").mkdir()
@@ -181,8 +181,8 @@ def test_the_fingerprint_tells_changes(tmp_path, monkeypatch):
 
 
 def test_running_storing_and_failing(tmp_path, monkeypatch, capsys):
-    """One made-up notebook, really executed: stored, then failing. Held against what was stored it
-    agrees, disagrees, and is to be executed again once its number is another."""
+    """One made-up notebook, really executed: stored, then failing. Then its comparison with stored
+    numbers: it agrees, disagrees, and counts as changed after its stored number was edited."""
     path = tmp_path / "made_up.ipynb"
     source = 'import os\nprint("in", os.path.basename(os.getcwd()), 7, "(+- 0)")'
     nbformat.write(printing("", source=source), path)
@@ -218,4 +218,4 @@ def test_the_first_cell_says_what_to_do(tmp_path, monkeypatch):
 def test_the_first_cell_outside_of_a_clone():
     first = run.code_cells(read(run.HERE / "1_dit.ipynb"))[0].source
     with pytest.raises(ImportError, match="a clone of the repository"):
-        exec(first, {})  # there is no walkthrough.py on the path of the tests
+        exec(first, {})  # the tests' path has no walkthrough.py

@@ -3,17 +3,17 @@
     python notebooks/assignments/a5_competition/leaderboard.py SUBMISSIONS --images 200
 
 SUBMISSIONS/<name>/student.py is a submission. Its `make_schedule(model, seconds)` runs in a process
-of its own, with one thread, a limit on processor time and one on memory. What comes back is one
-array: a bool (T, K) table whose row 0 is computed and which reuses half of all or more; anything
-else is refused with a reason, and the others go on. Every schedule then makes the same images from
-the same noise, and so do three schedules to compare with, in brackets.
+of its own, with one thread and limits on processor time and memory. It must return a bool (T, K)
+table that computes all of row 0 and reuses at least half of all cells. Anything else is refused,
+with a reason, and the other submissions go on. Every schedule then makes the same images from the
+same noise. Three schedules to compare with, shown in brackets, make them too.
 
-With --images 200 a submission takes well under a minute on two free cores, its own --seconds not
-counted. FID is biased upwards for so few images, in the same way for all: compare at equal numbers
-only. For a final use `--images 2000 --seed` and a number that nobody knew.
+With --images 200 a submission takes well under a minute on two free cores, without its own
+--seconds. FID of so few images is biased upwards, equally for all: compare at equal numbers only.
+For a final use `--images 2000 --seed` and a number that nobody knew.
 
 This is no sandbox: a submission runs as you and can read and write your files. Run strangers' code
-in a container. The limits need Linux or macOS (of memory: Linux).
+in a container. The time limit needs Linux or macOS, the memory limit Linux.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import models  # noqa: E402
 import pictures  # noqa: E402
 import router  # noqa: E402
 from cache import Cache  # noqa: E402
-from sample import Noise, denoise, make_sampler  # noqa: E402
+from samplers import Noise, denoise, make_sampler  # noqa: E402
 
 BATCH = 50
 TO_COMPARE = ("none", "fora-paper:2", "random:0.5")
@@ -52,25 +52,25 @@ TO_COMPARE = ("none", "fora-paper:2", "random:0.5")
 
 
 def limit_process(seconds, gigabytes):
-    """Processor time from now on, memory and written files of this process."""
+    """Limits this process: its processor time from now on, its memory and the files it writes."""
     try:
         import resource
     except ImportError:  # Windows
         return
     processor = math.ceil(time.process_time() + 1.25 * seconds + 1)
     limits = {
-        resource.RLIMIT_CPU: (processor, processor + 1),  # a signal that tells why, then the end
+        resource.RLIMIT_CPU: (processor, processor + 1),  # SIGXCPU, which `ask` knows; SIGKILL
         resource.RLIMIT_DATA: (int(gigabytes * 1e9),) * 2,
         resource.RLIMIT_FSIZE: (10**8, 10**8),
         resource.RLIMIT_CORE: (0, 0),
     }
     for kind, limit in limits.items():
-        with contextlib.suppress(ValueError, OSError):  # a platform without that one
+        with contextlib.suppress(ValueError, OSError):  # a platform without this limit
             resource.setrlimit(kind, limit)
 
 
 def compute(student, out, seconds, gigabytes):
-    """Calls the submission and writes what it returns, and the seconds it took, as an npz."""
+    """Calls the submission and writes its schedule and the seconds it took, as an npz."""
     model = models.load("digits", device="cpu")
     limit_process(seconds, gigabytes)
     start = time.process_time()
@@ -83,12 +83,12 @@ def compute(student, out, seconds, gigabytes):
 
 
 # ------------------------------------------------------------------------------------------------
-# In ours
+# In our process
 
 
 def check(schedule, steps, branches):
-    """Raises ValueError unless this is a schedule bool (T, K) that computes row 0 and reuses at
-    least half of all T K branch evaluations."""
+    """Raises ValueError unless the schedule is bool (T, K), computes row 0, and reuses at least
+    half of all T K branch evaluations."""
     if schedule.dtype != bool or schedule.shape != (steps, branches):
         raise ValueError(f"a schedule is bool {(steps, branches)}, not {schedule.dtype} "
                          f"{schedule.shape}")
@@ -101,7 +101,7 @@ def check(schedule, steps, branches):
 
 def ask(student, seconds, gigabytes, steps, branches):
     """Runs a submission -> its schedule, bool (T, K), and the processor time that it took.
-    Raises ValueError with the reason if there is no such schedule in time."""
+    Raises ValueError with the reason if it returns no such schedule in time."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out, errors = Path(folder) / "schedule.npz", Path(folder) / "errors.txt"
         arguments = [sys.executable, __file__, "--compute", student.resolve(), out,
@@ -115,7 +115,7 @@ def ask(student, seconds, gigabytes, steps, branches):
                 start_new_session=True,
             )  # fmt: skip
             try:
-                process.wait(timeout=4 * seconds + 60)  # a busy machine gives it less than a core
+                process.wait(timeout=4 * seconds + 60)  # more, as it may get less than a core
             except subprocess.TimeoutExpired as error:
                 raise ValueError("it did not end: is it waiting for something?") from error
             finally:
@@ -127,7 +127,7 @@ def ask(student, seconds, gigabytes, steps, branches):
         try:
             with np.load(out, allow_pickle=False) as data:
                 schedule, spent = data["schedule"], float(data["seconds"])
-        except Exception as error:  # whatever a submission may have put there
+        except Exception as error:  # the file holds whatever the submission put there
             raise ValueError("what it returned is not an array of numbers") from error
     check(schedule, steps, branches)
     if spent > 1.1 * seconds + 0.5:
@@ -136,7 +136,7 @@ def ask(student, seconds, gigabytes, steps, branches):
 
 
 def end(process):
-    """Ends a process and what it started."""
+    """Ends a process and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -146,7 +146,7 @@ def end(process):
 
 
 def reason(errors, code):
-    """The last line of what a process said, which of a traceback is the exception."""
+    """The last line of a process's error output: of a traceback, this is the exception."""
     lines = errors.read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
     text = lines[-1] if lines else f"it ended the process (exit code {code})"
     return "".join(letter if letter.isprintable() else " " for letter in text)[:110]
@@ -154,7 +154,7 @@ def reason(errors, code):
 
 @torch.no_grad()
 def sample(model, schedule, count, seed):
-    """`count` images of random digits, the same noise and labels for every schedule: x_0
+    """`count` images of random digits, with the same noise and labels for every schedule: x_0
     (N, 1, 28, 28)."""
     sampler, parts = make_sampler(model.sampler, model.steps), []
     for first in range(0, count, BATCH):
@@ -204,7 +204,7 @@ def rank(submissions, images, seed, seconds, gigabytes):
 
 
 def table(rows, refused):
-    """The leaderboard as text. What is there to compare with has no place."""
+    """The leaderboard as text. The schedules to compare with have no place."""
     lines, place = [f"{'':4}{'submission':24}{'FID':>8}{'CUR %':>8}{'error':>10}{'seconds':>9}"], 0
     for row in rows:
         place += row.seconds is not None
@@ -223,8 +223,8 @@ def main():
     parser.add_argument("--images", type=int, default=200, help="for FID and the error (200)")
     parser.add_argument("--seed", type=command.seed, default=0, help="of the noise (0)")
     parser.add_argument("--seconds", type=float, default=30,
-                        help="processor time to make a schedule in (30)")
-    parser.add_argument("--memory", type=float, default=4, help="limit of a submission, GB (4)")
+                        help="processor time for a schedule (30)")
+    parser.add_argument("--memory", type=float, default=4, help="memory limit, GB (4)")
     parser.add_argument("--compute", nargs=2, help=argparse.SUPPRESS)  # how `ask` starts it
     args = parser.parse_args()
     if args.compute:
@@ -239,7 +239,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if "--compute" in sys.argv:  # the submission's traceback is its own to see
+    if "--compute" in sys.argv:  # let a submission's error print its traceback: `reason` reads it
         main()
     else:
         command.run(main)

@@ -4,16 +4,17 @@
 
 SUBMISSIONS/<name>/student.py is a submission. Each runs in a temporary folder and a process of its
 own, beside the original test_student.py and conftest.py and the withheld cases.py, several at once.
-A task's points count if all of its tests passed. grades.csv gets a row a submission, grades.json
-also the first line of each task's first failure.
+A task earns its points if all of its tests pass. grades.csv gets one row per submission;
+grades.json also holds the first line of each task's first failure.
 
-The solution is graded first. It tells which tests each task has, that all is well on this machine,
-and how long the tests take: a submission has `--times` as long. One that ends the process or takes
-too long loses the task that it did so in; the other tasks are run again without that one.
+The solution is graded first. This shows which tests each task has, that everything works on this
+machine, and how long the tests take: a submission gets `--times` as long. A submission that ends
+the process or takes too long loses the task in which it did so. Its other tasks run again without
+that one.
 
 This is no sandbox. A submission runs as you, sees your files and shares its process with the tests.
-What it prints, and how it exits, counts for nothing, but code written to deceive can make tests
-pass: read what looks odd, and grade strangers' code in a container.
+Its output and its exit code count for nothing, but code written to deceive can make tests pass:
+read what looks odd, and grade strangers' code in a container.
 """
 
 import argparse
@@ -42,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 import command  # noqa: E402 (found on the path from here on)
 
-FIRST_LIMIT = 1800  # seconds for the solution
+FIRST_LIMIT = 1800  # time limit of the solution, seconds
 
 # ------------------------------------------------------------------------------------------------
 # The assignment
@@ -62,7 +63,7 @@ def find(assignment):
 
 
 def read_points(folder):
-    """POINTS of a test_student.py, without running it: {task: points}."""
+    """Reads POINTS from a test_student.py without running it: {task: points}."""
     for node in ast.parse((folder / "test_student.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "POINTS":
             return ast.literal_eval(node.value)
@@ -74,11 +75,11 @@ def read_points(folder):
 
 
 def lay_out(folder, assignment, student):
-    """Fills `folder` as the tests expect it. -> where to run them."""
+    """Fills `folder` with the files that the tests need. -> the folder to run them in."""
     original, solution = find(assignment)
     here = folder / "notebooks" / "assignments"
     (here / assignment).mkdir(parents=True)
-    (here / "pytest.ini").write_text("[pytest]\n")  # no settings from further up
+    (here / "pytest.ini").write_text("[pytest]\n")  # keeps out settings from folders above
     shutil.copy(ASSIGNMENTS / "conftest.py", here)
     for file in [*original.glob("*.py"), solution / "cases.py"]:
         shutil.copy(file, here / assignment)
@@ -87,7 +88,8 @@ def lay_out(folder, assignment, student):
 
 
 def environment():
-    """One thread, the modules of this repository, no settings of the lecturer's own pytest."""
+    """The environment variables of a run: one thread, the modules of this repository, and none of
+    the lecturer's own pytest settings."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return {
@@ -98,7 +100,7 @@ def environment():
 
 
 def end(process):
-    """Ends a process, and what it has started itself."""
+    """Ends a process and the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -109,13 +111,13 @@ def end(process):
 
 def attempt(assignment, student, tasks, seconds, memory):
     """Runs the tests of `tasks` on a student.py, within `seconds` and `memory` bytes.
-    -> the record, a list of dicts, and words for how the process ended."""
+    -> the record, a list of dicts, and a message about how the process ended."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private,
     ):
         here = lay_out(Path(folder), assignment, student)
-        record = Path(private) / secrets.token_hex(16)
+        record = Path(private) / secrets.token_hex(16)  # a path that no submission can guess
         arguments = ["-p", "no:cacheprovider", "--capture=no", "-m", " or ".join(tasks), assignment]
         settings = {"record": str(record), "bytes": memory, "arguments": arguments}
         process = subprocess.Popen(
@@ -134,7 +136,7 @@ def attempt(assignment, student, tasks, seconds, memory):
 
 
 def read_record(path):
-    """The lines that are whole. There is no file if the process ended before the first."""
+    """The complete lines. There is no file if the process ended before the first one."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     records = []
     for line in lines:
@@ -148,7 +150,8 @@ def read_record(path):
 
 
 def judge(record, task, tests):
-    """Did all of a task's `tests` pass? -> "" or the first error; None if some are not done."""
+    """Whether a task's `tests` passed -> "" if all did, the first error, or None if some are not
+    done."""
     done = {line["done"]: line["passed"] for line in record if "done" in line}
     if not all(test in done for test in tests):
         return None
@@ -158,10 +161,10 @@ def judge(record, task, tests):
 
 
 def grade_one(assignment, student, tests, seconds, memory):
-    """-> {task: "" if it earns its points, else the first line of what was wrong}.
+    """-> {task: "" if it earns its points, else the first line of the error}.
 
-    `tests` are those of each task, {task: [test]}. As long as the process ends within a test, the
-    task of that test has failed, and those not settled yet get another run.
+    `tests` is {task: [test]}. If the process ends within a test, the task of that test has failed,
+    and the tasks without a verdict run again.
     """
     if not student.is_file():
         return dict.fromkeys(tests, "there is no student.py")
@@ -186,8 +189,8 @@ def grade_one(assignment, student, tests, seconds, memory):
 
 
 def grade_solution(assignment, memory):
-    """Runs the solution. -> the tests of each task, {task: [test]}, and the seconds that it took.
-    Raises ValueError if it does not earn every point."""
+    """Runs the solution. -> the tests of each task, {task: [test]}, and the seconds that they took.
+    Raises ValueError if the solution does not earn every point."""
     folder, solution = find(assignment)
     tasks, start = list(read_points(folder)), time.monotonic()
     record, ended = attempt(assignment, solution / "student.py", tasks, FIRST_LIMIT, memory)
@@ -207,8 +210,8 @@ def grade_solution(assignment, memory):
 
 def grade(assignment, submissions, times=10, memory=4e9, jobs=None):
     """Grades every folder of `submissions`. -> {name: {"total": points, "points": {task: points},
-    "failures": {task: first line}}}, by name. One submission's trouble is its own.
-    Raises ValueError or FileNotFoundError for what is wrong with the assignment or the folder."""
+    "failures": {task: first line}}}, sorted by name. A submission's errors never stop the others.
+    Raises ValueError or FileNotFoundError if the assignment or the folder is wrong."""
     folder, _ = find(assignment)
     points = read_points(folder)
     submissions = Path(submissions)
@@ -224,7 +227,7 @@ def grade(assignment, submissions, times=10, memory=4e9, jobs=None):
         try:
             verdicts = grade_one(assignment, submissions / name / "student.py", tests,
                                  times * seconds, int(memory))
-        except Exception as error:  # an unreadable file, say
+        except Exception as error:  # for example an unreadable file
             verdicts = dict.fromkeys(points, f"could not be graded: {error}")
         earned = {task: 0 if verdicts[task] else points[task] for task in points}
         failures = {task: verdict for task, verdict in verdicts.items() if verdict}
@@ -237,13 +240,13 @@ def grade(assignment, submissions, times=10, memory=4e9, jobs=None):
                           unit="submission", disable=None):
                 pass
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)  # those that run end by their limit
+            pool.shutdown(cancel_futures=True)  # running ones end at their time limit
             raise
     return {name: future.result() for future, name in futures.items()}
 
 
 def cores():
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

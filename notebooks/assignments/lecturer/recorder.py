@@ -1,8 +1,8 @@
-"""Runs pytest on one submission, for grade.py, and writes down what happens as it happens.
+"""Runs pytest on one submission, for grade.py, and records each event when it happens.
 
-What to run and where to write comes on standard input, and is read before any line of the
-submission is: neither the command line nor the environment tells where the record is. It is a file
-of JSON lines: a test collected with its tasks, a test started, an error, a test done.
+The settings come on standard input and are read before the submission runs. So neither the command
+line nor the environment shows the submission where the record is. The record is a file of JSON
+lines: a test collected, with its tasks; a test started; an error; a test done.
 """
 
 import json
@@ -12,8 +12,8 @@ import pytest
 
 
 class Recorder:
-    """A pytest plugin. A test is done after its teardown, and passed if setup, call and teardown
-    all were reported as passed: a skipped test, or one expected to fail, has not passed."""
+    """A pytest plugin. A test is done after its teardown. It has passed if setup, call and teardown
+    were all reported as passed; a skipped test, or one expected to fail, has not passed."""
 
     def __init__(self, path):
         self.file = open(path, "w", encoding="ascii", buffering=1)  # noqa: SIM115 (kept open)
@@ -31,11 +31,11 @@ class Recorder:
 
     def pytest_exception_interact(self, node, call):
         error = call.excinfo
-        cause = error.value.__cause__
+        cause = error.value.__cause__  # of an error at import: the submission's own exception
         if isinstance(error.value, pytest.Collector.CollectError) and cause is not None:
             error = pytest.ExceptionInfo.from_exception(cause)
         text = error.exconly()
-        if isinstance(error.value, SyntaxError):  # its first line names the file only
+        if isinstance(error.value, SyntaxError):  # the first line of its text only names the file
             text = f"{type(error.value).__name__}: {error.value}"
         self.write(failed=node.nodeid, error=text.strip().split("\n")[0][:300])
 
@@ -48,7 +48,7 @@ class Recorder:
 
 
 def limit_memory(number):
-    """At most `number` bytes of data for this process, where the platform can limit that."""
+    """Limits this process to `number` bytes of data, where the platform can."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,12 +1,13 @@
-"""Makes the zip that students get: the modules, data and models, the notebooks and the assignments,
-without this folder and without a line of any solution.
+"""Makes the zip for students: the modules, data, models, notebooks and assignments, without this
+folder and without a line of any solution.
 
     python notebooks/assignments/lecturer/release.py --out release.zip
 
-It takes what is on the disk, so that a clone, a copy and an assignment that is not committed yet
-all work. Before it writes, it looks for the solutions in every file that would go out. A stub that
-no longer raises for one of its tasks, or a line of 30 characters or more from the body of a
-solution's function, in a module, a notebook or a text, is named, and nothing is written.
+It takes the files on the disk, so it also works in a copy, and for an assignment that is not
+committed yet. Before it writes, it looks for the solutions in every file of the release: a stub
+that no longer raises for one of its tasks, or a line of 30 characters or more from the body of a
+solution's function, in a module, a notebook or a text. If it finds any, it names them and writes
+nothing.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SUBSTANTIAL = 30  # characters
 
 
 def released_files():
-    """The files that go out, as paths from the root, sorted."""
+    """The files of the release, as paths from the root, sorted."""
     found = {path.relative_to(ROOT) for pattern in RELEASED for path in ROOT.glob(pattern)}
     lecturer = LECTURER.relative_to(ROOT)
     return sorted(
@@ -43,12 +44,12 @@ def released_files():
 
 
 # ------------------------------------------------------------------------------------------------
-# What must not go out
+# What must not be released
 
 
 def functions(path):
-    """The functions of a file and the lines of their bodies, without docstrings: yields the name,
-    the tree and the lines, stripped."""
+    """The functions of a file: yields the name, the tree and the lines of the body, stripped and
+    without the docstring."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -59,7 +60,7 @@ def functions(path):
 
 
 def raised_tasks(node):
-    """The tasks that the `raise` statements under a node name."""
+    """The tasks that are named in the `raise` statements under a node."""
     raises = [ast.unparse(part) for part in ast.walk(node) if isinstance(part, ast.Raise)]
     return set(re.findall(r"NotImplementedError\(.(task\d+_\d+)", " ".join(raises)))
 
@@ -75,9 +76,9 @@ def check_stub(folder):
 
 
 def solution_lines(folder):
-    """The substantial lines of a solution's own code: those of its functions' bodies, without the
-    heads of loops, which all code shares, and what the stub gives in functions that are not to be
-    written."""
+    """The substantial lines of a solution's own code. These are the lines of its functions' bodies,
+    without the heads of loops, which all code shares, and without the functions that the stub
+    already contains."""
     solution = LECTURER / "solutions" / folder.name / "student.py"
     if not solution.is_file():
         raise FileNotFoundError(f"no {solution}: what it holds cannot be kept out of the release")
@@ -89,13 +90,13 @@ def solution_lines(folder):
 
 
 def squeezed(text):
-    """A text without white space, quotes and backslashes, in which a line of code is the same
-    however it is indented or stored (a notebook is JSON), and without pictures."""
+    """A text without white space, quotes, backslashes and pictures. In it a line of code is the
+    same however it is indented or stored (a notebook is JSON)."""
     return re.sub(r"[\s\"'\\]+", "", re.sub(r"[A-Za-z0-9+/=]{300,}", "", text))
 
 
 def check(paths):
-    """Raises ValueError that names each file in `paths` that holds a solution's line."""
+    """Raises ValueError if a file in `paths` holds a line of a solution. The message names both."""
     folders = sorted(file.parent for file in ASSIGNMENTS.glob("a*/student.py"))
     for folder in folders:
         check_stub(folder)
@@ -110,16 +111,17 @@ def check(paths):
         leaks += [f"{path} holds `{line}` of the solution of {name}"
                   for name, line, short in forbidden if short in text]
     if leaks:
-        raise ValueError("; ".join(leaks) + ": take it out, or word it otherwise in one of them")
+        raise ValueError("; ".join(leaks) + ": remove it, or write it differently in one of them")
 
 
 def make(out):
-    """Writes the zip: every file under a folder named like it. -> the paths in it.
-    The same files always make the same zip. Raises ValueError if a solution would go out."""
+    """Writes the zip, with every file under a folder of the zip's name. -> the paths in it. The
+    same files always make the same zip. Raises ValueError if it would contain a solution."""
     paths = released_files()
     check(paths)
     with command.replacing(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for path in paths:
+            # ZipInfo has a fixed date, so equal files make an equal zip.
             entry = zipfile.ZipInfo(f"{out.stem}/{path.as_posix()}")
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, (ROOT / path).read_bytes(), zipfile.ZIP_DEFLATED)
