@@ -442,7 +442,8 @@ def read_arguments():
                         "images' names, sorted as text (007.png before 010.png)")
     parser.add_argument("--clip-model", default="ViT-B-32",
                         help="a model of open_clip, or emoji for the shipped encoder (ViT-B-32)")
-    parser.add_argument("--clip-pretrained", default="openai", help="tag or file of its weights")
+    parser.add_argument("--clip-pretrained", default="openai",
+                        help="open_clip's tag of its weights, or a file (openai)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--save-stats", type=Path, help="write the samples' statistics, an npz")

@@ -125,7 +125,7 @@ def test_the_classifiers_training_holds_out_what_it_tests(tmp_path, monkeypatch,
     held_out = shipped.digits("held-out")[0]
     pooled = network(held_out[:20].expand(-1, 3, -1, -1))[0]
     assert torch.allclose(statistics.pooled[:20], pooled, rtol=1e-4, atol=1e-5)
-    assert statistics.images == 1000 and "mean of three splits" in capsys.readouterr().out
+    assert statistics.count == 1000 and "mean of three splits" in capsys.readouterr().out
 
 
 def test_augmented_digits_stay_digits():
