@@ -85,7 +85,7 @@ def chunks_of(model, sampler, seed, numbers, micro_batch, purpose, prompts=None)
 def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta):
     """One trajectory of the paper's algorithm 1: T iterations, T - 1 updates, one a row.
 
-    `lambda_` (T,) weighs each step's error; with ones the objective is LTC's.
+    `lambda_` (T,) weights each step's error; with ones the objective is LTC's.
     -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
     Raises ValueError, before the update, if a loss is not finite.
     """
@@ -103,7 +103,7 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
             with torch.no_grad():
                 target = chunk.predict(network, i, guidance)  # teacher
             prediction = chunk.predict(network, i, guidance, chunk.cache)  # student
-            # Weighed by its share, a chunk adds its part to the mean over the batch, and to the
+            # Weighted by its share, a chunk adds its part to the mean over the batch, and to the
             # gradient: any micro-batch gives the same update.
             mse = chunk.share * F.mse_loss(prediction, target)
             (scale * lambda_[i] * mse).backward()
@@ -184,7 +184,7 @@ def read_flags():
     training.add_flags(parser, "runs/MODEL")
     training.add_start_flag(parser)
     parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
-                        help="iepo weighs each step's error by lambda, ltc does not (iepo)")
+                        help="iepo weights each step's error by lambda, ltc does not (iepo)")
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda, or the official code's (leave-one-out)")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")

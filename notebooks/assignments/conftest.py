@@ -1,5 +1,5 @@
-"""What pytest needs to know of the assignments: where the modules are, the names of the tasks, and
-that each folder has a student.py and a cases.py of its own."""
+"""What pytest needs to know about the assignments: where the modules are, the names of the tasks,
+and that each folder has a student.py and a cases.py of its own."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ ROOT = HERE.parent.parent
 
 
 def pytest_configure(config):
-    """Puts the repository's modules on the path and registers the markers: one a task."""
+    """Puts the repository's modules on the path and registers one marker per task."""
     sys.path.insert(0, str(ROOT))
     for file in sorted(HERE.glob("a*/test_student.py")):
         for task in sorted(set(re.findall(r"task\d+_\d+", file.read_text(encoding="utf-8")))):
@@ -20,7 +20,8 @@ def pytest_configure(config):
 
 
 def pytest_collectstart(collector):
-    """Forgets the folder before, so that `import student` finds the one beside these tests."""
+    """Unloads the modules of the previous folder: `import student` must find the one beside these
+    tests."""
     if isinstance(collector, pytest.Module):
         for name in ("student", "cases", "test_student"):
             sys.modules.pop(name, None)

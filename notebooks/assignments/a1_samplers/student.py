@@ -1,8 +1,8 @@
 """Assignment 1, samplers: what you hand in. See README.md in this folder.
 
-Letters: B images, C channels, H and W sides; `a` is alpha_bar, the share of signal in x:
+Notation: B images, C channels, H and W sides; `a` is alpha_bar, the share of signal in x:
 x = sqrt(a) x_0 + sqrt(1 - a) eps. `a_after` is alpha_bar after the step; 1 means no noise at all.
-Keep the dtype of what you are given, and do not change it in place.
+Keep the dtype of the inputs, and do not change them in place.
 """
 
 import math  # noqa: F401 (you may want it)
@@ -30,8 +30,8 @@ def stochastic_step(x, v, a, a_after, eta, z):
 
 
 def heun_step(predict_eps, x, a, a_after):
-    """A step of Heun's method on the flow of the paper's equation 14. Where a_after = 1 the network
-    cannot be asked at the end of the step: there Euler's method, with one evaluation.
+    """A step of Heun's method on the flow of the paper's equation 14. If a_after = 1 the network
+    cannot be evaluated at the end of the step: use Euler's method, with one evaluation.
 
     predict_eps(x, a) -> eps (B, C, H, W), the network at any level a < 1; x (B, C, H, W)
     -> x at level a_after (B, C, H, W).
@@ -48,8 +48,8 @@ def gaussian_eps(x, a, mean, deviation):
 
 
 def gaussian_flow(x, a, a_after, mean, deviation):
-    """Where the exact flow takes x from level a to level a_after, on the same data. It may also go
-    backwards, to more noise.
+    """The exact flow from level a to level a_after, on the same data. It may also go backwards, to
+    more noise.
 
     x (B, C, H, W) -> x at level a_after (B, C, H, W).
     """

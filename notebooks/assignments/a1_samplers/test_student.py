@@ -46,8 +46,8 @@ def test_a_v_step_keeps_x0_and_eps(seed, shape, a, a_after):
 
 @pytest.mark.task1_1
 @pytest.mark.parametrize("steps", STEPS)
-def test_v_steps_walk_like_ddim(steps):
-    """All T steps, against samplers.DDIM on the same predictions."""
+def test_v_steps_follow_ddim(steps):
+    """All T steps, against samplers.DDIM with the same predictions."""
     x, *predictions = draw(steps, SHAPES[0], steps + 1)
     sampler, expected = samplers.DDIM(steps), x
     for i, v in enumerate(predictions):
@@ -67,7 +67,7 @@ def test_a_v_step_keeps_the_dtype():
 
 
 def parts(a, a_after, eta):
-    """How much of x_0, eps and z there is in x after a stochastic step."""
+    """The coefficients of x_0, eps and z in x after a stochastic step."""
     found = []
     for x0, eps, z in torch.eye(3, dtype=torch.float64):
         x, v = at_level(x0.view(1, 1, 1, 1), eps.view(1, 1, 1, 1), a)
@@ -79,7 +79,7 @@ def parts(a, a_after, eta):
 @pytest.mark.parametrize("a, a_after", LEVELS)
 @pytest.mark.parametrize("eta", (0.0, *ETAS, 1.0))
 def test_signal_and_variance_are_those_of_the_level_after(a, a_after, eta):
-    """Whatever eta is: x_0's share is sqrt(a'), and the variance of the rest is 1 - a'."""
+    """For every eta, the coefficient of x_0 is sqrt(a') and the variance of the rest is 1 - a'."""
     of_x0, of_eps, of_z = parts(a, a_after, eta)
     assert of_x0 == pytest.approx(math.sqrt(a_after), abs=1e-10)
     assert of_eps**2 + of_z**2 == pytest.approx(1 - a_after, abs=1e-10)
@@ -89,7 +89,7 @@ def test_signal_and_variance_are_those_of_the_level_after(a, a_after, eta):
 @pytest.mark.task1_2
 @pytest.mark.parametrize("steps", STEPS)
 def test_eta_1_is_ddpm(steps):
-    """Mean and smallest variance of DDPM, from samplers.DDPM."""
+    """The mean and the smaller variance of DDPM, from samplers.DDPM."""
     ddpm = samplers.DDPM(steps)
     x0, eps, z = draw(steps, SHAPES[0], 3)
     for i in range(steps - 1):
@@ -119,15 +119,16 @@ def to_s(a):
 
 
 def heun(function, y, a, a_after):
-    """A step of the student's for eps = function(y, s) -> y after it, and the levels asked."""
-    asked = []
+    """A step of the student's for eps = function(y, s) -> y after it, and the levels of the
+    evaluations."""
+    levels = []
 
     def predict_eps(x, level):
-        asked.append(level)
+        levels.append(level)
         return function(x / math.sqrt(level), to_s(level))
 
     x = student.heun_step(predict_eps, math.sqrt(a) * y, a, a_after)
-    return x / math.sqrt(a_after), asked
+    return x / math.sqrt(a_after), levels
 
 
 INNER = [levels for levels in LEVELS if levels[1] < 1]
@@ -137,12 +138,12 @@ INNER = [levels for levels in LEVELS if levels[1] < 1]
 @pytest.mark.parametrize("a, a_after", INNER)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_heun_is_exact_to_second_order(shape, a, a_after):
-    """eps = s: exact. eps = s^2: the trapezoid's error, h^3 / 6. eps = y: exp(h), cut off."""
+    """eps = s: exact. eps = s^2: the trapezoidal error h^3 / 6. eps = y: exp(h) up to h^2."""
     (y,) = draw(0, shape, 1)
     s, h = to_s(a), to_s(a_after) - to_s(a)
-    after, asked = heun(lambda y, s: torch.full_like(y, s), y, a, a_after)
+    after, levels = heun(lambda y, s: torch.full_like(y, s), y, a, a_after)
     close(after, y + s * h + h**2 / 2, 1e-9)
-    assert asked == [a, a_after], "two evaluations, at the two ends of the step"
+    assert levels == [a, a_after], "two evaluations, at the two ends of the step"
     after, _ = heun(lambda y, s: torch.full_like(y, s**2), y, a, a_after)
     close(after, y + (to_s(a_after) ** 3 - s**3) / 3 + h**3 / 6, 1e-9)
     after, _ = heun(lambda y, s: y, y, a, a_after)
@@ -151,11 +152,11 @@ def test_heun_is_exact_to_second_order(shape, a, a_after):
 
 @pytest.mark.task1_3
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_last_step_is_eulers_and_asks_once(seed):
+def test_the_last_step_is_eulers_with_one_evaluation(seed):
     y, eps = draw(seed, SHAPES[0], 2)
-    after, asked = heun(lambda y, s: eps, y, 0.9, 1.0)
+    after, levels = heun(lambda y, s: eps, y, 0.9, 1.0)
     close(after, y - to_s(0.9) * eps)
-    assert asked == [0.9]
+    assert levels == [0.9]
 
 
 @pytest.mark.task1_3
@@ -178,7 +179,7 @@ def test_twice_the_steps_leave_a_quarter_of_the_error(a, a_end):
 
 
 def gaussian_x(seed, a, mean, deviation):
-    """Some of these data, at level a."""
+    """Random data of this kind, at level a."""
     number, eps = draw(seed, SHAPES[0], 2)
     return at_level(mean + deviation * number, eps, a)[0]
 
@@ -203,7 +204,7 @@ def test_gaussian_eps_is_the_expected_eps(mean, deviation, a):
 @pytest.mark.parametrize("mean, deviation", DATA)
 @pytest.mark.parametrize("a", (0.01, 0.5, 0.99))
 def test_gaussian_flow_solves_the_flow(mean, deviation, a):
-    """Its derivative dy / ds is the expected eps, and to go on from halfway changes nothing."""
+    """Its derivative dy / ds is the expected eps, and stopping halfway changes nothing."""
     x = gaussian_x(5, a, mean, deviation)
     ends = [1 / (1 + (to_s(a) + change) ** 2) for change in (-1e-4, 1e-4)]
     before, after = (
@@ -217,7 +218,7 @@ def test_gaussian_flow_solves_the_flow(mean, deviation, a):
 
 
 # ------------------------------------------------------------------------------------------------
-# For task 5 the exact flow adds lambda's growth to x, and the solver's error is put in by hand.
+# For task 5 the exact flow adds lambda's growth to x, and the solver's error is chosen by hand.
 
 
 def to_lambda(a):
@@ -232,7 +233,7 @@ def shift(x, a, a_end):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("a, a_end", ENDS)
 def test_measured_order_is_the_order(order, a, a_end):
-    """Each step errs by h^(order + 1), so n of them by n h^(order + 1): exactly that order."""
+    """A step has the error h^(order + 1), so n steps have n h^(order + 1): exactly this order."""
     (x,) = draw(6, SHAPES[0], 1)
 
     def step(x, a, a_after):
@@ -246,7 +247,7 @@ def test_measured_order_is_the_order(order, a, a_end):
 @pytest.mark.task1_5
 @pytest.mark.parametrize("a, a_end", ENDS)
 def test_the_line_is_the_least_squares_one(a, a_end):
-    """Errors at will, against numpy's fit; the largest difference counts, not the mean."""
+    """Chosen errors, against numpy's fit. The largest difference counts, not the mean."""
     import numpy as np
 
     errors = dict(zip(COUNTS, (0.3, 0.02, 0.009), strict=True))
@@ -274,17 +275,17 @@ def test_the_line_is_the_least_squares_one(a, a_end):
 @pytest.mark.task1_5
 @pytest.mark.parametrize("a, a_end", ENDS)
 def test_the_steps_are_equal_in_lambda(a, a_end):
-    walks = []
+    trajectories = []
 
     def step(x, a_now, a_after):
         if a_now == pytest.approx(a, rel=1e-6):
-            walks.append([to_lambda(a_now)])
-        walks[-1].append(to_lambda(a_after))
+            trajectories.append([to_lambda(a_now)])
+        trajectories[-1].append(to_lambda(a_after))
         return x + 1
 
     x = torch.zeros(SHAPES[0], dtype=torch.float64)
     student.measured_order(step, shift, x, a, a_end, COUNTS)
-    assert len(walks) == len(COUNTS)
-    for walk, n in zip(walks, COUNTS, strict=True):
+    assert len(trajectories) == len(COUNTS)
+    for lambdas, n in zip(trajectories, COUNTS, strict=True):
         expected = torch.linspace(to_lambda(a), to_lambda(a_end), n + 1, dtype=torch.float64)
-        close(torch.tensor(walk, dtype=torch.float64), expected, 1e-6)
+        close(torch.tensor(lambdas, dtype=torch.float64), expected, 1e-6)

@@ -43,7 +43,7 @@ def small_network(seed):
 
 
 def random_schedule(seed, share=0.5):
-    """(T, K), True where computed: about half, and row 0."""
+    """(T, K), True: compute; about this share of the cells, and all of row 0."""
     generator = torch.Generator().manual_seed(seed)
     schedule = torch.rand(STEPS, BRANCHES, generator=generator) < share
     schedule[0] = True
@@ -82,8 +82,8 @@ def test_relative_change_of_nothing():
 
 
 def play(cache, script):
-    """A trajectory in which branch 0 gives the script's numbers -> what the branches gave, [i][k],
-    and which of them were computed, [i][k]."""
+    """A trajectory in which branch 0 outputs the script's numbers -> the outputs that the cache
+    returned, [i][k], and how often each branch was computed, [i][k]."""
     given, ran = [], []
     for i, value in enumerate(script):
         row, calls = cache.start(i), [0] * BRANCHES
@@ -100,7 +100,7 @@ def play(cache, script):
 @pytest.mark.task2_2
 @pytest.mark.parametrize("script, threshold, refreshed", SCRIPTS)
 def test_the_steps_that_refresh(script, threshold, refreshed):
-    """Worked out by hand. Twice, so that the second trajectory must begin empty."""
+    """Computed by hand. Two trajectories, to check that the second one begins empty."""
     cache = student.SimilarityCache(BRANCHES, threshold)
     for trajectories in (1, 2):
         given, ran = play(cache, script)
@@ -134,7 +134,7 @@ def trajectory(network, cache, seed, change=0.1):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_on_a_network_it_is_the_cache_of_its_own_schedule(seed, threshold):
-    """Bitwise what cache.Cache gives for the steps that refreshed."""
+    """Bitwise equal to cache.Cache with the steps that refreshed."""
     network = small_network(seed)
     cache = student.SimilarityCache(BRANCHES, threshold)
     outputs = trajectory(network, cache, seed)
@@ -157,7 +157,7 @@ def test_thresholds_at_the_ends():
 @pytest.mark.task2_2
 @pytest.mark.parametrize("threshold", (0.0, *THRESHOLDS, math.inf))
 def test_one_output_of_each_branch_at_most(threshold):
-    """Outputs that are still alive after a step, counted by weak references."""
+    """The outputs that are still in memory after a step, counted by weak references."""
     cache, alive = student.SimilarityCache(BRANCHES, threshold), weakref.WeakSet()
 
     def branch(value):
@@ -178,7 +178,7 @@ def test_one_output_of_each_branch_at_most(threshold):
 
 
 class CountingMlp(torch.nn.Module):
-    """dit.Mlp with random weights, which notes the shape of what it is given."""
+    """dit.Mlp with random weights, which records the shapes of its inputs."""
 
     def __init__(self, seed, width):
         super().__init__()
@@ -195,7 +195,7 @@ class CountingMlp(torch.nn.Module):
 
 
 def moved(seed, shape):
-    """seen, kept, new, and for each row its tokens by how far they moved, the farthest first."""
+    """seen, kept, new, and for each row its tokens in order of their change, the largest first."""
     B, N, D = shape
     seen, kept, direction = draw(seed, shape, 3)
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +209,7 @@ def moved(seed, shape):
 @pytest.mark.task2_3
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_tokens_that_moved_most_are_computed_and_no_others(seed, shape):
+def test_only_the_tokens_that_changed_most_are_computed(seed, shape):
     B, N, D = shape
     seen, kept, new, order = moved(seed, shape)
     before = [tensor.clone() for tensor in (new, seen, kept)]
@@ -228,8 +228,8 @@ def test_the_tokens_that_moved_most_are_computed_and_no_others(seed, shape):
 @pytest.mark.task2_3
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_slow_token_has_its_turn(seed):
-    """Token 0 moves by 1 at every step, another one by 1.5, a new one each time: after two steps
-    token 0 has moved by 2 since it was last computed, more than any other."""
+    """At every step token 0 changes by 1 and one other token, a new one each time, by 1.5. After
+    two steps token 0 has changed by 2 since it was last computed, more than any other."""
     N, D = 9, 8
     mlp, (seen, kept) = CountingMlp(seed, D), draw(seed, (1, N, D), 2)
     axis, new, turns = torch.eye(D)[0], seen.clone(), []
@@ -262,7 +262,7 @@ def test_peak_bytes_is_what_the_cache_measures(seed, share, sizes):
 
 
 @pytest.mark.task2_4
-def test_nothing_is_held_that_nothing_reads():
+def test_only_what_will_be_read_is_held():
     schedule = torch.ones(STEPS, BRANCHES, dtype=torch.bool)
     assert student.peak_bytes(schedule, list(SIZES[0])) == 0
     schedule[1:] = False
@@ -273,7 +273,7 @@ def test_nothing_is_held_that_nothing_reads():
 
 
 class TokensOnly:
-    """Computes by a schedule, but runs an MLP on `tokens` zeros each time after its first."""
+    """Computes by a schedule, but from step 1 on runs an MLP on `tokens` tokens of zeros."""
 
     def __init__(self, network, schedule, tokens):
         self.network, self.cache, self.tokens = network, Cache(schedule), tokens
@@ -294,8 +294,8 @@ class TokensOnly:
 
 @pytest.mark.task2_5
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_arithmetic_is_what_is_counted(tokens):
-    """Against torch's own counter, on the network as it runs."""
+def test_arithmetic_equals_the_count(tokens):
+    """Compared with torch's own counter on the running network."""
     network, schedule = small_network(0), random_schedule(SEEDS[0] + tokens)
     cache = TokensOnly(network, schedule, tokens)
     x, t, y = torch.zeros(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([2])

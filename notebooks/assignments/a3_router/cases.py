@@ -1,4 +1,4 @@
-"""What the tests of assignment 3 are tried on. Grading puts other numbers here."""
+"""The inputs of assignment 3's tests. Grading uses other numbers."""
 
 SEEDS = (0, 1)
 TEMPERATURES = (0.3, 1.0, 2.0)

@@ -11,8 +11,7 @@ from cases import BETA, BUDGETS, CURS, IMAGES, SEEDS, SHAPES, STEPS, TAUS, TEMPE
 import dit
 import router as routers
 from cache import Cache
-from sample import denoise
-from samplers import DDIM
+from samplers import DDIM, denoise
 from train_stepwise import Chunk, train_trajectory
 
 POINTS = {"task3_1": 2, "task3_2": 2, "task3_3": 4, "task3_4": 4, "task3_5": 2, "task3_6": 4}
@@ -26,7 +25,7 @@ def draw(seed, *shape):
 
 
 def small_network(seed):
-    """A frozen DiT of 16 tokens and 6 branches in float64, no gate of which is zero."""
+    """A frozen DiT of 16 tokens and 6 branches in float64, with no gate at zero."""
     network = dit.DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=3,
                       num_heads=2, num_classes=5)
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +45,7 @@ def close(actual, expected, tolerance=1e-9):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gumbel_sigmoid_solved_for_the_noise(seed, temperature):
-    """temperature logit(r) - z must be the logistic noise, so u its sigmoid."""
+    """temperature logit(r) - z must be the logistic noise, whose sigmoid is u."""
     logits, u = draw(seed, 50), torch.sigmoid(draw(seed + 100, 50))
     r = student.gumbel_sigmoid(logits, u, temperature)
     close(torch.sigmoid(temperature * torch.logit(r) - logits), u)
@@ -75,7 +74,7 @@ def test_gumbel_sigmoid_has_a_gradient():
 @pytest.mark.task3_2
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_straight_through_is_hard_ahead_and_soft_back(seed, tau):
+def test_straight_through_is_hard_forward_and_soft_backward(seed, tau):
     """In float32, where a sum in the wrong order gives 0.99999994."""
     logits = (3 * draw(seed, 1000)).float().requires_grad_(True)
     weights = draw(seed + 1, 1000).float()
@@ -90,7 +89,7 @@ def test_straight_through_is_hard_ahead_and_soft_back(seed, tau):
 
 
 class Mixed:
-    """A cache of kept outputs that mixes by r and remembers everything; without r it computes."""
+    """A cache that mixes new and kept outputs by r and records both; without r it computes."""
 
     def __init__(self, r=None, kept=None):
         self.r, self.kept = r, kept
@@ -133,7 +132,7 @@ def test_the_gradient_by_hand_is_autograds(seed, temperature):
 
 
 def trajectory(seed, relax, costs=None, beta=BETA, lr=0.0, tau=0.5, optimizer=None, lambda_=None):
-    """Runs the student's. -> losses, x_0, the rows, and what it started from."""
+    """Runs the student's function. -> losses, x_0, the rows, and its inputs."""
     network, K = small_network(seed), 6
     x, condition = draw(seed, IMAGES, 1, 8, 8), network.condition(torch.arange(IMAGES))
     rows = [torch.nn.Parameter(row.clone()) for row in draw(seed + 1, STEPS - 1, K)]
@@ -173,8 +172,8 @@ def test_with_plain_sigmoids_it_is_train_stepwise(seed):
 
 @pytest.mark.task3_4
 @pytest.mark.parametrize("seed", SEEDS)
-def test_with_hard_gates_it_walks_as_inference_does(seed):
-    """Bit for bit: what straight-through training sees is what sampling will do."""
+def test_with_hard_gates_it_equals_inference(seed):
+    """Bitwise: straight-through training sees exactly what sampling will do."""
     gates = draw(seed + 1, STEPS - 1, 6) > 0
     _, x0, _, (network, x, condition) = trajectory(
         seed, lambda i, logits: gates[i - 1].double() + 0 * logits
@@ -197,7 +196,7 @@ def test_usage_is_the_price_of_the_scores_not_of_the_gates():
 
 
 class Spy:
-    """An optimiser that changes nothing and notes which rows have a gradient."""
+    """An optimiser that changes nothing and records which rows have a gradient."""
 
     def __init__(self):
         self.rows, self.seen = [], []
@@ -233,7 +232,7 @@ def test_each_update_finds_a_gradient_on_its_own_row_only():
 def test_the_budget_is_met_exactly_by_the_lowest_scores(seed, shape, cur):
     T, K = shape
     scores = torch.sigmoid(draw(seed, T, K))
-    scores[0] = 0  # the lowest, and still computed
+    scores[0] = 0  # the lowest scores, but row 0 is computed all the same
     schedule = student.budgeted_schedule(scores, cur)
     assert schedule.dtype == torch.bool and schedule.shape == (T, K) and schedule[0].all()
     assert (~schedule).sum() == round(cur * T * K)
@@ -243,7 +242,7 @@ def test_the_budget_is_met_exactly_by_the_lowest_scores(seed, shape, cur):
 
 @pytest.mark.task3_5
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_scores_do_not_upset_the_count(shape):
+def test_equal_scores_do_not_change_the_count(shape):
     T, K = shape
     scores = torch.full((T, K), 0.4)
     for cur in CURS:
@@ -271,7 +270,7 @@ def test_scores_meet_the_budget_by_one_shift(seed, budget):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_gradient_goes_through_the_shift(seed, budget):
-    """Against finite differences. As the sum is constant, its own gradient is 0."""
+    """Compared with finite differences. The sum is constant, so its own gradient is 0."""
     logits = draw(seed, 6).requires_grad_(True)
     assert torch.autograd.gradcheck(
         lambda z: student.budgeted_scores(z, budget), logits, eps=1e-5, atol=1e-5

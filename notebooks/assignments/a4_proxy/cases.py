@@ -1,4 +1,4 @@
-"""What the tests of assignment 4 are tried on. Grading puts other numbers here."""
+"""The inputs of assignment 4's tests. Grading uses other numbers."""
 
 SEEDS = (0, 1)
 STEPS = 5

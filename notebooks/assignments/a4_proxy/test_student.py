@@ -17,7 +17,7 @@ GUIDANCE = 1.5
 
 
 def case(seed, images=IMAGES):
-    """A small network in float64, counting its evaluations, with what the proxy is measured on."""
+    """A small network in float64, and the inputs of a proxy measurement."""
     network = dit.DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=2,
                       num_heads=2, num_classes=5)
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +32,7 @@ def case(seed, images=IMAGES):
 
 
 def counted(network):
-    """-> a list that grows by one at each evaluation."""
+    """-> a list that gets one entry per evaluation: whether gradients were enabled."""
     calls = []
     network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     return calls
@@ -63,14 +63,14 @@ def close(actual, expected, tolerance=1e-9):
 @pytest.mark.task4_1
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("by", ["kind", "block"])
-def test_each_branch_is_in_the_group_that_its_name_says(branches, by):
+def test_each_branch_is_in_the_group_of_its_name(branches, by):
     names, groups = student.groups_of(list(branches), by)
     assert groups.dtype == torch.bool and groups.shape == (len(names), len(branches))
     for k, branch in enumerate(branches):
         (g,) = groups[:, k].nonzero().flatten().tolist()
         assert names[g] == branch.split()[0 if by == "kind" else 1]
     first = [int(group.nonzero()[0]) for group in groups]
-    assert first == sorted(first), "groups in the order in which they appear"
+    assert first == sorted(first), "groups in the order of their first branch"
 
 
 @pytest.mark.task4_1
@@ -86,7 +86,7 @@ def test_other_groupings_are_refused():
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_all_branches_as_one_group_give_the_proxy(name, seed):
-    """Its mean over the images is proxy.image_error, and an image's own that of it alone."""
+    """The mean over the images is proxy.image_error; each image's entry is that of it alone."""
     network, x, condition, scores, noise = case(seed)
     before = scores.clone()
     errors = masked(network, make_sampler(name, STEPS), x, condition, scores, noise, [[1] * 4])
@@ -105,7 +105,7 @@ GROUPS = [[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
 @pytest.mark.task4_2
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_group_masks_its_own_branches(seed):
-    """Where the others never reuse, a group's lambda is the whole row's."""
+    """If the other branches never reuse, a group's lambda is that of the whole row."""
     network, x, condition, scores, noise = case(seed)
     for group in GROUPS[:3]:
         outside = torch.tensor(group) == 0
@@ -119,8 +119,8 @@ def test_a_group_masks_its_own_branches(seed):
 @pytest.mark.task4_2
 @pytest.mark.parametrize("seed", SEEDS[:1])
 def test_a_group_masks_no_other_branches(seed):
-    """A group that never reuses has nothing to lose, whatever the others do; nor has an empty one.
-    Several groups at once give what each gives alone."""
+    """A group that never reuses has lambda 0, whatever the others do, and so has an empty group.
+    Several groups at once give the same as each group alone."""
     network, x, condition, scores, noise = case(seed)
     for group in GROUPS:
         inside = torch.tensor(group) == 1
@@ -153,8 +153,8 @@ def test_standard_error_by_hand(values, expected):
 
 @pytest.mark.task4_3
 @pytest.mark.parametrize("seed", SEEDS)
-def test_standard_error_is_how_much_means_scatter(seed):
-    """Of 20,000 means of 6 images each; squared, its expectation is their variance."""
+def test_the_standard_error_is_the_deviation_of_means(seed):
+    """For 20,000 means of 6 images each: the expected squared standard error is their variance."""
     samples = torch.from_numpy(np.random.default_rng(seed).exponential(size=(20000, 6)))
     scatter = samples.mean(-1).var().item()
     assert student.standard_error(samples).square().mean().item() == pytest.approx(scatter, rel=0.1)
@@ -202,8 +202,8 @@ def test_a_horizon_to_the_end_is_exact(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("horizon", HORIZONS)
 def test_a_truncated_fork_is_a_whole_one_of_a_shorter_sampler(horizon, seed):
-    """A sampler that ends after step e - 1, with all noise removed there, ends at the x_0 that the
-    network predicts at that step."""
+    """A sampler that ends after step `end` - 1, and removes all noise there, ends at the x_0
+    predicted at that step."""
     network, x, condition, scores, noise = case(seed)
     found = truncated(network, x, condition, scores, noise, horizon)
     for i in range(1, STEPS):

@@ -12,14 +12,14 @@ import dit
 import models
 import router
 from cache import Cache
-from sample import Noise, denoise, make_sampler
+from samplers import Noise, denoise, make_sampler
 
 POINTS = {"task5_1": 2, "task5_2": 2, "task5_3": 2, "task5_4": 4, "task5_5": 4}
 GRACE = 0.3  # seconds
 
 
 def small_model(seed, steps, depth):
-    """A DiT of 16 tokens and 2 x depth branches, no gate of which is zero."""
+    """A DiT of 16 tokens and 2 x depth branches, with no gate at zero."""
     network = dit.DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=depth,
                       num_heads=2, num_classes=5)
     generator = torch.Generator().manual_seed(seed)
@@ -29,7 +29,7 @@ def small_model(seed, steps, depth):
 
 
 class Images:
-    """Images to judge a schedule by: their noise, and what they are without a cache."""
+    """The images that a schedule is judged by: their noise, and the images without a cache."""
 
     def __init__(self, model, seed, count=IMAGES):
         noise = Noise(seed, range(count))
@@ -47,7 +47,7 @@ class Images:
 
 
 def check(schedule, steps, branches, least):
-    """A schedule with at least that many reuses, none of them in row 0."""
+    """Asserts a schedule with at least that many reuses, none of them in row 0."""
     assert schedule.dtype == torch.bool and schedule.shape == (steps, branches)
     assert schedule[0].all(), "row 0 computes everything"
     assert (~schedule).sum() >= least
@@ -60,8 +60,8 @@ def check(schedule, steps, branches, least):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("steps, depth", DEPTHS)
 def test_error_of(seed, steps, depth):
-    """Of no cache: 0, and 0.25 from images that are all 0.5 away. Of another schedule: as sampled,
-    and from its own images 0."""
+    """Without reuse the error is 0, and 0.25 to images that are all 0.5 away. A schedule's error is
+    that of its samples, and 0 to its own images."""
     images = Images(small_model(seed, steps, depth), seed)
     model, x, condition, full = images.model, images.x, images.condition, images.full
     K = len(model.network.branches)
@@ -80,7 +80,7 @@ def test_error_of(seed, steps, depth):
 
 @pytest.mark.task5_2
 @pytest.mark.parametrize("steps, branches", (*SHAPES, (2, 1), (3, 1)))
-def test_half_schedule_reuses_half_to_the_cell(steps, branches):
+def test_half_schedule_reuses_exactly_half(steps, branches):
     schedule = student.half_schedule(steps, branches)
     least = math.ceil(steps * branches / 2)
     check(schedule, steps, branches, least)
@@ -101,16 +101,16 @@ def test_a_neighbour_swaps_two_cells(seed, steps, branches):
     changes = torch.zeros(steps, branches, dtype=torch.long)
     for _ in range(300):
         near = student.neighbour(schedule, generator)
-        assert torch.equal(schedule, before), "the schedule given was changed"
+        assert torch.equal(schedule, before), "the input schedule was changed"
         assert (near != schedule).sum() == 2 and (~near).sum() == (~schedule).sum()
         assert near[0].all(), "row 0 computes everything"
         changes += near != schedule
     if steps * branches < 40:
-        assert (changes[1:] > 0).all(), "each cell below row 0 has its turn"
+        assert (changes[1:] > 0).all(), "every cell below row 0 must change at some time"
 
 
 @pytest.mark.task5_3
-def test_the_generator_decides_on_the_neighbour():
+def test_the_generator_decides_the_neighbour():
     schedule = router.random(*SHAPES[0], 0.4)
     first, second, other = (
         student.neighbour(schedule, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
@@ -124,7 +124,7 @@ def test_the_generator_decides_on_the_neighbour():
 @pytest.mark.task5_4
 @pytest.mark.parametrize("steps, depth", DEPTHS)
 def test_the_search_finds_better_schedules_in_time(steps, depth):
-    """For weights drawn at random no schedule is known to be good: it has to be looked for."""
+    """With random weights no schedule is known to be good: it must be searched for."""
     images = Images(small_model(SEEDS[0], steps, depth), SEEDS[0])
     K = len(images.model.network.branches)
     first = router.random(steps, K, 0.5, SEEDS[0])
@@ -138,7 +138,7 @@ def test_the_search_finds_better_schedules_in_time(steps, depth):
 
 @pytest.mark.task5_4
 def test_the_search_never_makes_it_worse():
-    """Even where it starts from the best of many."""
+    """Even if it starts from the best of many."""
     steps, depth = DEPTHS[0]
     images = Images(small_model(SEEDS[1], steps, depth), SEEDS[1])
     tries = [router.random(steps, 2 * depth, 0.5, seed) for seed in range(40)]
@@ -162,7 +162,7 @@ def test_schedules_for_any_model(steps, depth):
 
 @pytest.mark.task5_5
 def test_digits_at_half_the_work():
-    """In time, and with less than half of the error of reuses drawn at random, on other images."""
+    """In time, and with less than half of the error of random reuse, on other images."""
     model = models.load("digits", device="cpu")
     start = time.process_time()
     schedule = student.make_schedule(model, DIGITS_SECONDS)

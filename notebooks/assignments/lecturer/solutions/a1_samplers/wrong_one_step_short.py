@@ -1,8 +1,8 @@
 """Assignment 1, samplers: a wrong answer. A grid of n levels makes n - 1 steps.
 
-Letters: B images, C channels, H and W sides; `a` is alpha_bar, the share of signal in x:
+Notation: B images, C channels, H and W sides; `a` is alpha_bar, the share of signal in x:
 x = sqrt(a) x_0 + sqrt(1 - a) eps. `a_after` is alpha_bar after the step; 1 means no noise at all.
-Keep the dtype of what you are given, and do not change it in place.
+Keep the dtype of the inputs, and do not change them in place.
 """
 
 import math
@@ -16,8 +16,8 @@ def v_step(x, v, a, a_after):
     x (B, C, H, W) at level a; v (B, C, H, W), the prediction there; a, a_after floats in (0, 1]
     -> x at level a_after (B, C, H, W).
     """
-    # (sqrt(a), sqrt(1 - a)) is a point of the unit circle, and x and v are x_0 and eps turned by
-    # its angle: a step turns back by the difference of two angles.
+    # (sqrt(a), sqrt(1 - a)) is a point of the unit circle, and (x, v) is (x_0, eps) rotated by its
+    # angle: a step rotates back by the difference of two angles.
     turn = math.acos(math.sqrt(a)) - math.acos(math.sqrt(a_after))
     return math.cos(turn) * x - math.sin(turn) * v
 
@@ -36,8 +36,8 @@ def stochastic_step(x, v, a, a_after, eta, z):
 
 
 def heun_step(predict_eps, x, a, a_after):
-    """A step of Heun's method on the flow of the paper's equation 14. Where a_after = 1 the network
-    cannot be asked at the end of the step: there Euler's method, with one evaluation.
+    """A step of Heun's method on the flow of the paper's equation 14. If a_after = 1 the network
+    cannot be evaluated at the end of the step: use Euler's method, with one evaluation.
 
     predict_eps(x, a) -> eps (B, C, H, W), the network at any level a < 1; x (B, C, H, W)
     -> x at level a_after (B, C, H, W).
@@ -61,8 +61,8 @@ def gaussian_eps(x, a, mean, deviation):
 
 
 def gaussian_flow(x, a, a_after, mean, deviation):
-    """Where the exact flow takes x from level a to level a_after, on the same data. It may also go
-    backwards, to more noise.
+    """The exact flow from level a to level a_after, on the same data. It may also go backwards, to
+    more noise.
 
     x (B, C, H, W) -> x at level a_after (B, C, H, W).
     """

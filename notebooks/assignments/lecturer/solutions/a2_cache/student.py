@@ -1,6 +1,6 @@
 """Assignment 2, caches that decide at run time: the solution.
 
-Letters: B rows of a batch, N tokens, D width of a token, T denoising steps, K cacheable branches.
+Notation: B rows of a batch, N tokens, D width of a token, T denoising steps, K cacheable branches.
 """
 
 
@@ -17,10 +17,10 @@ def relative_change(new, old):
 
 
 class SimilarityCache:
-    """A cache that needs no schedule. At each step branch 0 is computed, always. If its output has
-    changed by more than `threshold` (relative_change) since the last refresh, the step is a
-    refresh: all other branches are computed and kept. Else their kept outputs are used. The first
-    step of a trajectory is a refresh. It is used like cache.Cache:
+    """A cache that needs no schedule. Every step computes branch 0. If its output has changed by
+    more than `threshold` (relative_change) since the last refresh, the step is a refresh: all other
+    branches are computed and kept. Otherwise their kept outputs are used. Step 0 of a trajectory is
+    a refresh. The cache is used like cache.Cache:
 
         cache = SimilarityCache(branches=16, threshold=0.1)
         for i, t in enumerate(timesteps):
@@ -37,7 +37,7 @@ class SimilarityCache:
         self.refreshed, self.kept = [], {}
 
     def start(self, i):
-        """Call before evaluation i; 0 begins the next trajectory, empty. -> the cache itself."""
+        """Call before evaluation i; 0 begins a new trajectory, empty. -> the cache itself."""
         if i == 0:
             self.refreshed, self.kept = [], {}
         return self
@@ -50,7 +50,7 @@ class SimilarityCache:
         self.computed[k] += 1
         output = branch()
         if k == 0:
-            # Against the last refresh, not the last step: many small changes add up.
+            # Compared with the last refresh, not the previous step: many small changes add up.
             first = not self.kept
             self.refreshed.append(
                 first or relative_change(output, self.kept[0]) > self.threshold
@@ -66,8 +66,8 @@ def token_wise(mlp, new, seen, kept, tokens):
 
     mlp, a module (B, M, D) -> (B, M, D) that treats each token alone; new (B, N, D), its input now;
     seen (B, N, D), for each token the input at which it was last computed; kept (B, N, D), the
-    output then; tokens, M, from 1 to N -> seen and kept after this step, both (B, N, D). What is
-    given stays as it is. The mlp is run once, on M tokens of each row and no more.
+    output then; tokens, M, from 1 to N -> seen and kept after this step, both (B, N, D). The inputs
+    stay unchanged. The mlp is run once, on M tokens of each row.
     """
     change = (new - seen).norm(dim=-1)  # (B, N)
     chosen = change.topk(tokens, dim=1).indices  # (B, M)
@@ -79,8 +79,8 @@ def token_wise(mlp, new, seen, kept, tokens):
 def peak_bytes(schedule, entry_bytes):
     """The most that cache.Cache ever holds for a schedule, without running anything.
 
-    An entry is held from when it is computed, if the next step reuses it, until it has been reused
-    for the last time. Branches run in order k = 0 .. K - 1, steps i = 0 .. T - 1.
+    An entry is held from its computation, if the next step reuses it, to its last reuse. Branches
+    run in order k = 0 .. K - 1, steps i = 0 .. T - 1.
 
     schedule, bool (T, K), True: compute; entry_bytes, a list of K ints -> int.
     """
@@ -98,18 +98,18 @@ def peak_bytes(schedule, entry_bytes):
 
 
 def arithmetic(network, computed, steps, tokens):
-    """The arithmetic of one row's trajectory with a token-wise cache in every MLP: of the times
-    that branch k is computed, an attention costs the same each time; an MLP costs all N tokens the
+    """The arithmetic of one row's trajectory with a token-wise cache in every MLP. Branch k is
+    computed computed[k] times. An attention costs the same each time; an MLP costs all N tokens the
     first time and `tokens` tokens each later time. What no cache can save is done at every step.
 
-    network, a dit.DiT, which knows `branches`, their names, and `flops()`; computed, a list of K
-    counts from 1 to T; steps, T; tokens, from 1 to N -> FLOP, an int.
+    network, a dit.DiT with `branches` (the names) and `flops()`; computed, a list of K counts from
+    1 to T; steps, T; tokens, from 1 to N -> FLOP, an int.
     """
     branch_flops, rest = network.flops()
     N = network.pos_embed.shape[1]
     total = steps * rest
     for name, flops, times in zip(network.branches, branch_flops, computed, strict=True):
-        # A token of an MLP costs the N-th part of it, exactly: flops is a multiple of N.
+        # An MLP's cost per token is flops / N, exactly: flops is a multiple of N.
         later = flops if name.startswith("attn") else flops // N * tokens
         total += flops + (times - 1) * later
     return total

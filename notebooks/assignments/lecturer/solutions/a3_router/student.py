@@ -1,7 +1,7 @@
 """Assignment 3, routers: the solution.
 
-Letters: T denoising steps, K branches, B images, N tokens, D width; `z` a logit, `p` = sigmoid(z)
-its score, `r` what a branch's new output is mixed with.
+Notation: T denoising steps, K branches, B images, N tokens, D width; `z` a logit, `p` = sigmoid(z)
+its score, `r` the gate that mixes a branch's new and kept output.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from cache import SoftCache
-from sample import guided
+from samplers import guided
 
 
 def gumbel_sigmoid(logits, u, temperature):
@@ -18,7 +18,7 @@ def gumbel_sigmoid(logits, u, temperature):
 
 
 def straight_through(logits, tau):
-    """The bracket is exactly 0, so that the sum is exactly 0 or 1; only its gradient is left."""
+    """The bracket is exactly 0, so the sum is exactly 0 or 1; the bracket adds only a gradient."""
     p = torch.sigmoid(logits)
     hard = (p > tau).to(p.dtype)
     return hard + (p - p.detach())
@@ -69,8 +69,8 @@ def budgeted_schedule(scores, cur):
 
 
 def budgeted_scores(logits, budget):
-    """The root b by bisection, without a graph; then one Newton step with one. Its value is 0 at
-    the root, and its derivative is that of the implicit function: db/dz_j = -s_j / sum_k s_k."""
+    """Bisection finds the root b without a graph; one Newton step then adds the graph. The step is
+    0 at the root, and its derivative the implicit function's: db/dz_j = -s_j / sum_k s_k."""
     if not 0 < budget < len(logits):
         raise ValueError(f"a budget of {budget} is not between 0 and {len(logits)}")
     z = logits.detach()

@@ -1,7 +1,7 @@
-"""Assignment 3 with a mistake: the shift is taken for a constant.
+"""Assignment 3 with a mistake: it treats the shift as a constant.
 
-Letters: T denoising steps, K branches, B images, N tokens, D width; `z` a logit, `p` = sigmoid(z)
-its score, `r` what a branch's new output is mixed with.
+Notation: T denoising steps, K branches, B images, N tokens, D width; `z` a logit, `p` = sigmoid(z)
+its score, `r` the gate that mixes a branch's new and kept output.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from cache import SoftCache
-from sample import guided
+from samplers import guided
 
 
 def gumbel_sigmoid(logits, u, temperature):
@@ -18,7 +18,7 @@ def gumbel_sigmoid(logits, u, temperature):
 
 
 def straight_through(logits, tau):
-    """The bracket is exactly 0, so that the sum is exactly 0 or 1; only its gradient is left."""
+    """The bracket is exactly 0, so the sum is exactly 0 or 1; the bracket adds only a gradient."""
     p = torch.sigmoid(logits)
     hard = (p > tau).to(p.dtype)
     return hard + (p - p.detach())

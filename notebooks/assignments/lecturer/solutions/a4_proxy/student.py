@@ -1,8 +1,8 @@
 """Assignment 4, the proxy: the solution.
 
-Letters: T denoising steps, K branches, G groups of branches, B images, C channels, H and W sides.
+Notation: T denoising steps, K branches, G groups of branches, B images, C channels, H and W sides.
 `scores` (T, K) are a router's, in (0, 1); `condition` is a tuple for 2 B rows; `noise` is the
-stream that stochastic samplers draw from, to be handed on.
+stream that stochastic samplers draw from: pass it on.
 """
 
 import copy
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from cache import SoftCache
-from sample import denoise, guided, walk
-from samplers import predict_x0, split
+from samplers import denoise, guided, predict_x0, split, walk
 
 
 def groups_of(branches, by):
