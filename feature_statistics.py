@@ -205,9 +205,9 @@ def check_arrays(arrays, count):
         if sigma.shape != (D, D) or D > WIDEST:
             raise ValueError(f"cannot be right: {covariance} is {sigma.shape} for {D} features "
                              f"({WIDEST} at most)")
-        if np.diag(sigma).min() < 0 or np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max():
+        if not may_be_covariance(sigma):
             raise ValueError(f"cannot be right: {covariance} is no covariance, as it is not "
-                             "symmetric or has negative variances")
+                             "symmetric, or |s_ij|^2 is over s_ii s_jj")
     rows = {key: len(arrays[key]) for key in ("pooled", "logits") if key in arrays}
     if len(set(rows.values())) > 1 or (count is not None and max(rows.values(), default=0) > count):
         numbers = ", ".join(f"{value} {key}" for key, value in rows.items())
@@ -215,6 +215,16 @@ def check_arrays(arrays, count):
     if "pooled" in arrays and arrays["pooled"].shape[1] != len(arrays["mu"]):
         raise ValueError(f"cannot be right: pooled is {arrays['pooled'].shape} for "
                          f"{len(arrays['mu'])} features")
+
+
+def may_be_covariance(sigma):
+    """Whether sigma (D, D) is symmetric and |s_ij|^2 <= s_ii s_jj, up to rounding: what can be seen
+    without its eigenvalues, which take seconds."""
+    variances, largest = np.diag(sigma), np.abs(sigma).max()
+    if variances.min() < 0 or np.abs(sigma - sigma.T).max() > 1e-3 * largest:
+        return False
+    deviations = np.sqrt(variances)
+    return (np.abs(sigma) <= 1.001 * np.outer(deviations, deviations) + 1e-6 * largest).all()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ classes), with None in place of classes if there are none.
 Notation: B images, C channels, H and W sides in pixels, D pooled and S spatial features.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import nn
 
 import checkpoint
 import command
+import hub
 import text
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -386,22 +388,39 @@ def load_clip(model="ViT-B-32", pretrained="openai", device="cpu"):
         raise ValueError(f"unknown CLIP model {model}: use one of open_clip.list_models()")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags and not Path(pretrained).is_file():
-        raise ValueError(f"no weights {pretrained} of {model}: use {', '.join(tags)} or a file")
+        raise ValueError(f"no weights {pretrained} of {model}: use {', '.join([*tags, 'a file'])}")
     # OpenAI's own weights need the activation they were trained with; open_clip would only warn.
-    quick_gelu = (open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu", False)
+    about = open_clip.get_pretrained_cfg(model, pretrained) or {}
+    quick_gelu = about.get("quick_gelu", False)
     try:
+        probe_hub(about.get("hf_hub", "").strip("/"))
         network, _, preprocess = open_clip.create_model_and_transforms(
             model, pretrained, force_quick_gelu=quick_gelu
         )
     except Exception as error:  # of many kinds, for a damaged file as for a missing network
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         if Path(pretrained).is_file():
-            raise ValueError(f"{pretrained} holds no weights of {model}: {reason}") from error
-        raise ConnectionError(f"could not get {pretrained} of {model} ({reason}): download "
-                              "it where there is a network, and give its file") from error
+            raise ValueError(f"{pretrained} holds no weights of {model}: {hub.reason(error)}"
+                             ) from error
+        raise ConnectionError(f"could not get {pretrained} of {model} ({hub.reason(error)}): "
+                              f"{hub.advice(error)}, or download it where there is a network, and "
+                              "give its file (--clip-pretrained)") from error
     check_clip(network, pretrained)
     network.eval().requires_grad_(False).to(device)
     return network, preprocess, open_clip.get_tokenizer(model)
+
+
+def probe_hub(repository):
+    """Raises what the hub's library does if weights of CLIP are not in its cache, and the hub does
+    not answer. (open_clip alone would try for a minute.) '' is no repository."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+    if not repository or any(isinstance(try_to_load_from_cache(repository, name), str)
+                             for name in names):
+        return
+    with contextlib.suppress(EntryNotFoundError):  # that is an answer
+        hub.probe(repository, names[0])
 
 
 def check_clip(network, pretrained):

@@ -218,7 +218,10 @@ def clip_score(images, prompts, clip, batch_size=64):
                       f'tokens, and CLIP sees no further: "{long[0][:40]}..."', stacklevel=2)
     if not scores:
         raise ValueError("the CLIP score needs an image or more")
-    return torch.cat(scores).mean().item()
+    scores = torch.cat(scores)
+    if not scores.isfinite().all():
+        raise ValueError("CLIP's cosines are not finite: are its weights right?")
+    return scores.mean().item()
 
 
 def paired_error(images, uncached):

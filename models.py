@@ -22,6 +22,7 @@ import pixart
 import shipped
 import text
 import vae
+from hub import download as hugging_face
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 OFFICIAL_DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -43,6 +44,7 @@ class Model:
     autoencoder: str | None = None  # its repository at Hugging Face; None: it denoises pixels
     scale: float = 1.0  # of the latents: the network denoises scale * latent
     size: tuple | None = None  # (H, W) of what it denoises, if not as in training
+    clean: bool = False  # whether captions are cleaned before T5 reads them
 
     @property
     def shape(self):
@@ -98,14 +100,21 @@ class Model:
         tokens, channels = self.network.model_max_length, self.network.caption_channels
         if self.text == "hashed":
             return text.hashed_words(prompts, tokens, channels)
-        return text.encode(prompts, max_length=tokens, file=CAPTIONS)
+        return text.encode(prompts, max_length=tokens, file=CAPTIONS, clean=self.clean)
 
     def prepare(self, items, device=None):
-        """Has T5 encode the prompts `items` into a file, where `condition` finds them. T5, several
-        times as large as the network, is gone from the device afterwards."""
+        """Checks prompts, and has T5 encode them into a file, where `condition` finds them. T5,
+        several times as large as the network, is gone from the device afterwards. Raises ValueError
+        for prompts that are no text and features of another width, and as `text.encode_each`."""
+        for item in items if self.text else ():
+            text.check(item)
         if self.text == "t5":
-            tokens = self.network.model_max_length
-            text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS)
+            tokens, channels = self.network.model_max_length, self.network.caption_channels
+            each = text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS,
+                                    clean=self.clean)
+            if each and each[0].shape[-1] != channels:
+                raise ValueError(f"{CAPTIONS} holds features of {each[0].shape[-1]} channels, "
+                                 f"{self.name} reads {channels}: move it away")
             self.null_caption(device)
 
     def null_caption(self, device=None):
@@ -187,7 +196,7 @@ def official_pixart(weights, name):
     network.load_state_dict(pixart.read_weights(weights, network), assign=True)
     vae_name = "stabilityai/sd-vae-ft-ema" if alpha else "stabilityai/sdxl-vae"
     return Model(name, network, "dpm-solver++", steps=20, guidance=4.5, text="t5",
-                 autoencoder=vae_name, scale=0.18215 if alpha else 0.13025)
+                 autoencoder=vae_name, scale=0.18215 if alpha else 0.13025, clean=alpha)
 
 
 PIXART = {  # name: (pixart.SIZES, the file of the weights)
@@ -211,24 +220,35 @@ MODELS = {  # name: weights -> Model
 # Loading
 
 
-def load(name, weights=None, device=None, dtype=None):
+def load(name, weights=None, device=None, dtype=None, raw_captions=False):
     """A model by name. `weights` is a file to use in place of the usual one; `device` is by default
-    cuda if there is one; `dtype` is float32 (default), bfloat16 (bf16) or float16 (fp16).
+    cuda if there is one; `dtype` is as in `dtype_name`. With `raw_captions` T5 reads captions as
+    they are; for PixArt-alpha they are cleaned otherwise, as in the official code.
 
-    Raises ValueError for an unknown name, device or dtype, or weights that do not fit;
+    Raises ValueError for an unknown name, device or dtype, raw captions for a model that T5 does
+    not read for, or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name}: use {', '.join(MODELS)}")
-    dtype = str(dtype or "float32").removeprefix("torch.")
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
-    device = find_device(device)
+    if raw_captions and name not in PIXART:
+        raise ValueError(f"--raw-captions is for models that read captions by T5, not for {name}")
+    dtype, device = dtype_name(dtype), find_device(device)  # before a download
     model = MODELS[name](weights)
+    model.clean = model.clean and not raw_captions
     # Frozen: only routers are trained here, and autograd then keeps fewer tensors for them.
     model.network.eval().requires_grad_(False).to(getattr(torch, dtype))
     return model.to(device)
+
+
+def dtype_name(dtype=None):
+    """The one name of a dtype, however it was written: float32 (None, fp32, torch.float32),
+    bfloat16 (bf16) or float16 (fp16). Raises ValueError for another."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.").strip().lower()
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {dtype}: use float32, bfloat16 or float16")
+    return name
 
 
 def choose_kernels(model, device=None):
@@ -272,21 +292,6 @@ def load_autoencoder(model, weights=None):
     dtype = next(model.network.parameters()).dtype
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     return network.eval().requires_grad_(False).to(model.device, dtype)
-
-
-def hugging_face(repository, file):
-    """The path of a file of a repository at Hugging Face, downloaded on first use into that
-    library's ordinary cache. Raises ConnectionError."""
-    from huggingface_hub import hf_hub_download  # takes a second, and only downloads need it
-
-    try:
-        return hf_hub_download(repository, file)
-    except (OSError, ValueError) as error:  # not there, no network, an unknown repository
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConnectionError(
-            f"could not download {file} of {repository} ({reason}): fetch it from "
-            f"https://huggingface.co/{repository} and name it (--weights; an autoencoder: --vae)"
-        ) from error
 
 
 def find_device(name=None):

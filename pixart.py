@@ -41,6 +41,13 @@ SIZES = {
     ),
 }  # fmt: skip
 
+# Aspect ratios, height / width, that the official sampling of alpha 1024 tells the network: that of
+# the picture's sides is rounded to the nearest.
+RATIOS = (
+    0.25, 0.28, 0.32, 0.33, 0.35, 0.4, 0.42, 0.48, 0.5, 0.52, 0.57, 0.6, 0.68, 0.72, 0.78, 0.82,
+    0.88, 0.94, 1.0, 1.07, 1.13, 1.21, 1.29, 1.38, 1.46, 1.67, 1.75, 2.0, 2.09, 2.4, 2.5, 3.0, 4.0,
+)  # fmt: skip
+
 # ------------------------------------------------------------------------------------------------
 # The caption
 
@@ -248,11 +255,14 @@ class PixArt(nn.Module):
         that of training, which only micro-conditions need; null (M, caption_channels), the features
         of the null caption, by default those of the checkpoint.
         -> y (2 B, M, caption_channels), mask (2 B, M) bool, and with micro-conditions also
-        size (2 B, 2) and aspect ratio height / width (2 B, 1).
+        size (2 B, 2) and aspect ratio (2 B, 1), of RATIOS the nearest to height / width.
 
-        As in the official code the mask is repeated, so the null half attends to as many tokens as
-        the caption beside it. An empty prompt (zero features and a mask that is all False, as the
-        hashed words make it) is the null caption itself, with all its tokens.
+        The mask is repeated, so the null half attends to as many tokens as the caption beside it.
+        So do PixArt-Sigma's code, and PixArt-alpha's with DPM-Solver++ and SA-Solver; with IDDPM
+        the latter (`PixArtMS.forward_with_cfg`) drops the mask.
+
+        An empty prompt (zero features and a mask that is all False, as the hashed words make it) is
+        the null caption itself, with all its tokens.
 
         alpha's null caption is in the checkpoint (`y_embedder.y_embedding`). Sigma was trained with
         T5's 300 features of the empty string in its place, and the official sampling encodes them
@@ -285,8 +295,10 @@ class PixArt(nn.Module):
         if not self.micro_conditions:
             return y, mask
         height, width = size or (8 * self.input_size, 8 * self.input_size)
-        size = torch.tensor([[height, width]], dtype=torch.float32, device=device)
-        return y, mask, size.repeat(len(y), 1), (size[:, :1] / size[:, 1:]).repeat(len(y), 1)
+        ratio = min(RATIOS, key=lambda known: abs(known - height / width))
+        size, ratio = (torch.tensor([row], dtype=torch.float32, device=device).repeat(len(y), 1)
+                       for row in ([height, width], [ratio]))
+        return y, mask, size, ratio
 
     def flops(self, H=None, W=None):
         """Arithmetic of one image's forward, 2 per multiply-add, matrix products and convolution

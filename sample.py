@@ -290,6 +290,8 @@ def read_flags():
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     shown.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
+    parser.add_argument("--raw-captions", action="store_true",
+                        help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
     parser.add_argument("--height", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--width", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
@@ -345,7 +347,7 @@ def main():
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
     # The text encoder needs the device's memory first.
-    model = models.load(args.model, args.weights, "cpu", args.dtype)
+    model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     model.resize(args.height, args.width)
     models.choose_kernels(model, device)
     name = args.sampler or model.sampler
@@ -361,6 +363,8 @@ def main():
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
         "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
     }
+    if model.text == "t5":
+        settings["clean_captions"] = model.clean
     first = 0 if out.suffix else continue_folder(out, settings, items)
     if first == len(items):
         print(f"{out} holds all {first} images")

@@ -17,23 +17,22 @@ Notation: B prompts, L tokens at most, n tokens of one prompt, C channels of a t
 """
 
 import hashlib
-import html
+import importlib
 import json
 import re
-import unicodedata
-import urllib.parse
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import command
+import hub
+from cleaning import clean_caption
 
 # ------------------------------------------------------------------------------------------------
 # Hashed words
@@ -45,13 +44,17 @@ def hashed_words(prompts, tokens=12, channels=128):
 
     Each word is one token. Words are lower-cased; anything but a letter or a digit ends a word. The
     vector of a word does not depend on its place, so for cross-attention the caption is a set of
-    words. An empty prompt has no words: its mask is all False, which means the null caption. Words
-    beyond `tokens` are cut, with a warning.
+    words. An empty prompt has no words: its mask is all False, which means the null caption. So is
+    that of a prompt of signs only, with a warning. Words beyond `tokens` are cut, with a warning.
+    Raises ValueError for text that is none (see `check`).
     """
     features = np.zeros((len(prompts), tokens, channels), np.float32)
     mask = np.zeros((len(prompts), tokens), bool)
     for b, prompt in enumerate(prompts):
+        check(prompt)
         words = re.findall(r"[^\W_]+", prompt.lower())
+        if prompt.strip() and not words:
+            warn_of_nothing(prompt, "no word of it is understood")
         if len(words) > tokens:
             warn_of_cut(prompt, tokens, " ".join(words[tokens:]))
         for j, word in enumerate(words[:tokens]):
@@ -68,10 +71,27 @@ def word_vector(word, channels):
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(channels, np.float32)
 
 
+def check(prompt):
+    """Raises ValueError for a prompt with half a character, which UTF-8 cannot write. So Python
+    reads the bytes of a command line that are no UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f'prompt "{shortened(prompt)}" is not a text in UTF-8')
+
+
 def warn_of_cut(prompt, tokens, cut):
     """Warns that a prompt has more than `tokens` tokens and that its end, `cut`, is ignored."""
-    start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
-    warnings.warn(f'prompt "{start}" is over {tokens} tokens, cut: "{cut}"', stacklevel=3)
+    warnings.warn(f'prompt "{shortened(prompt)}" is over {tokens} tokens, cut: '
+                  f'"{shortened(cut, 200)}"', stacklevel=3)
+
+
+def warn_of_nothing(prompt, why):
+    """Warns that a prompt that is not empty is drawn as if it were."""
+    warnings.warn(f'prompt "{shortened(prompt)}": {why}, so it is drawn like an empty one',
+                  stacklevel=3)
+
+
+def shortened(prompt, length=40):
+    return prompt if len(prompt) <= length else prompt[:length] + "..."
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,15 +133,19 @@ def encode_each(
         dtype: of the encoder, by default bfloat16 on cuda and float32 on the CPU.
         file: a .safetensors file (see `read_kept`). New features are added to it; if the encoding
             is interrupted, what was done is kept.
-        clean: apply `clean_caption`. Without it prompts are only stripped and lower-cased, as in
-            the official code.
+        clean: apply `clean_caption`, as the official code of PixArt-alpha does. Without it prompts
+            are only stripped, as in that of Sigma.
 
-    Raises ValueError if transformers is not installed or `file` is damaged, ConnectionError if
-    there are no weights and no network.
+    Raises ValueError if transformers or what it needs is not installed, or `file` is damaged;
+    ConnectionError if there are no weights and no network. A prompt of which cleaning leaves
+    nothing is the empty one, with a warning.
     """
     texts = [prepare(prompt, clean) for prompt in prompts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        if prompt.strip() and not text:
+            warn_of_nothing(prompt, "cleaning leaves nothing of it (--raw-captions does not clean)")
     keys = [key_of(model, max_length, text) for text in texts]
-    kept = read_kept(file, keys) if file else {}
+    kept = read_kept(file, keys, max_length) if file else {}
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in kept}
     if missing:
         if file:
@@ -146,7 +170,7 @@ def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=Non
     null caption. Arguments, file and errors are those of `encode_each`.
     """
     key = key_of(model, max_length, None)
-    kept = read_kept(file, [key]) if file else {}
+    kept = read_kept(file, [key], max_length) if file else {}
     if key in kept:
         return kept[key]
     if file:
@@ -162,8 +186,9 @@ def null_caption(model=T5_XXL, max_length=120, device=None, dtype=None, file=Non
 
 
 def prepare(prompt, clean):
-    """A prompt -> the text that the tokenizer gets."""
-    return clean_caption(prompt) if clean else prompt.lower().strip()
+    """A prompt -> the text that the tokenizer gets. Raises ValueError, see `check`."""
+    check(prompt)
+    return clean_caption(prompt) if clean else prompt.strip()
 
 
 @torch.no_grad()
@@ -205,22 +230,62 @@ def place_t5(model, device, dtype):
 def load_t5(model, dtype):
     """-> the tokenizer and the encoder. Raises ValueError or ConnectionError, see `encode_each`."""
     try:
-        from transformers import AutoTokenizer, T5EncoderModel  # takes seconds
-    except ImportError as error:
+        import transformers  # takes seconds
+
+        transformers.utils.logging.set_verbosity_error()  # what matters is raised
+        kinds = transformers.AutoTokenizer, transformers.T5EncoderModel
+    except Exception as error:  # if parts of it are broken, it raises RuntimeError
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
         raise ValueError(
-            "new prompts for this model need the T5 encoder: "
-            'pip install "transformers>=4.56" sentencepiece protobuf'
+            'new prompts for this model need the T5 encoder: pip install "transformers>=4.56" '
+            "sentencepiece protobuf" if missing else
+            f"transformers is installed, but does not load ({hub.reason(error)}): mend it, or use "
+            "a file of kept features with these prompts"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        return tokenizer, T5EncoderModel.from_pretrained(model, dtype=dtype)
+        return load_parts(model, dtype, *kinds)
     except Exception as error:  # the library raises many kinds, some with many lines
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        missing = missing_modules(model)
+        if missing and not isinstance(error, OSError):
+            raise ValueError(f"the tokenizer of {model} cannot be read without: "
+                             f"pip install {' '.join(missing)}") from error
+        advice = ("a folder must hold T5's config.json, weights and tokenizer"
+                  if Path(model).exists() else hub.advice(error))
         raise ConnectionError(
-            f"could not load the text encoder {model} ({reason}): with a network it is downloaded "
-            "on first use; without one, give a folder that holds it, or a file of kept features "
-            "with these prompts"
+            f"could not load the text encoder {model} ({hub.reason(error)}): {advice}, or give a "
+            "folder that holds it, or a file of kept features with these prompts"
         ) from error
+
+
+def load_parts(model, dtype, tokenizer, encoder):
+    """The tokenizer and the encoder by their classes: from a folder or the cache, which take no
+    network, else from the hub, if it answers."""
+    def load(**flags):
+        return (tokenizer.from_pretrained(model, **flags),
+                encoder.from_pretrained(model, dtype=dtype, **flags))
+
+    try:
+        return load(local_files_only=True)
+    except Exception as error:
+        if Path(model).exists() or (missing_modules(model) and not isinstance(error, OSError)):
+            raise
+    hub.probe(str(model), "config.json")
+    return load()
+
+
+def missing_modules(model):
+    """What T5's own tokenizer file, spiece.model, needs and is not installed, by the names for pip.
+    A folder may hold another, tokenizer.json."""
+    folder, missing = Path(model), []
+    if folder.exists() and ((folder / "tokenizer.json").exists()
+                            or not (folder / "spiece.model").exists()):
+        return missing
+    for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    return missing
 
 
 def free_memory(device):
@@ -239,21 +304,36 @@ def free_memory(device):
 
 
 def key_of(model, max_length, text):
-    """The name of a prompt's features in the file. `text` is the prompt after `prepare`; None means
-    the null caption with its padding."""
+    """The name of a prompt's features in the file. `text` is the prompt after `prepare`, so that a
+    cleaned prompt and a raw one never mix; None means the null caption with its padding."""
     return json.dumps([str(model), max_length, text], ensure_ascii=False)
 
 
-def read_kept(file, keys):
+def read_kept(file, keys, max_length):
     """The features in `file` of those `keys` that it has: {key: (n, C)}. Raises ValueError if the
-    file is damaged."""
+    file is damaged or holds something else, OSError if it is not an ordinary file."""
+    command.check_ordinary(file)
     if not Path(file).exists():
         return {}
     try:
         with safe_open(file, framework="pt") as kept:  # reads only the tensors asked for
-            return {key: kept.get_tensor(key) for key in set(keys) & set(kept.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole file of caption features: {error}") from error
+            features = {key: kept.get_tensor(key) for key in set(keys) & set(kept.keys())}
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(f"{file} is not a whole file of caption features: {hub.reason(error)}"
+                         ) from error
+    for key, value in features.items():
+        *_, prompt = json.loads(key)
+        name = "the null caption" if prompt is None else f'"{shortened(prompt)}"'
+        rows = [max_length] if prompt is None else range(1, max_length + 1)
+        if value.dim() != 2 or len(value) not in rows or not value.is_floating_point():
+            raise ValueError(f"{file}: features of {name} must be (n, channels) numbers for up to "
+                             f"{max_length} tokens, not {value.dtype} {tuple(value.shape)}")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{file}: features of {name} hold NaN or infinite numbers: the text "
+                             "encoder overflowed, or the file is damaged")
+    if len({value.shape[1] for value in features.values()}) > 1:
+        raise ValueError(f"{file} holds features of different widths for these prompts")
+    return features
 
 
 def append_kept(file, new):
@@ -262,93 +342,3 @@ def append_kept(file, new):
     old = load_file(file) if Path(file).exists() else {}
     with command.replacing(file) as temporary:
         save_file({**old, **new}, temporary)
-
-
-# ------------------------------------------------------------------------------------------------
-# Caption cleaning
-#
-# Regular expressions and what replaces them, in the order and with the effect of the official code.
-
-ADDRESSES = [
-    # https: and www: with the character after them, and names like example.com/page
-    (r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])"
-     r"|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))", ""),
-]  # fmt: skip
-SYMBOLS = [
-    (r"@\w+\b", ""),  # nicknames
-    (r"[\u31c0-\u9fff]+", ""),  # Chinese characters and their neighbours, Katakana extensions
-    # every dash of Unicode, and every quotation mark, becomes the one of the keyboard
-    (r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
-     r"\ufe31\ufe32\ufe58\ufe63\uff0d]+", "-"),
-    ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
-    ("[\u2018\u2019]", "'"),
-    (r"&quot;?|&amp", ""),
-    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
-    (r"\d:\d\d\s+$", ""),  # a time at the end
-    (r"\\n", " "),  # a line break written as two characters
-    (r"#\d{1,3}\b|#\d{5,}\b", ""),
-    (r"\b\d{6,}\b", ""),  # long numbers
-    (r"\S+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)", ""),  # file names
-    (r"[\"']{2,}", '"'),
-    (r"\.{2,}", " "),
-    ("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\\[\\]{}|\\\\/*]+",
-     " "),
-    (r"\s+\.\s+", " "),
-]  # fmt: skip
-ADVERTISING = [
-    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: ab1234, a1b, 12cd34
-    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
-    (r"\b\d+[a-zA-Z]+\d+\b", ""),
-    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
-    (r"(?:free\s)?download(?:\sfree)?", ""),
-    (r"\bclick\b\s(?:for|on)\s\w+", ""),
-    (r"\b(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)(?:\simages?)?", ""),
-    (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    (r"\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", ""),  # sizes: 30x40
-    (r"\b\s+:\s+", ": "),
-    (r"(\D[,./])\b", r"\1 "),  # a space after punctuation
-    (r"\s+", " "),
-    (r"^[\"']([\w\W]+)[\"']$", r"\1"),  # quotation marks around everything
-    (r"^['_,\-:;]", ""),
-    (r"['_,\-:+]$", ""),
-    (r"^\.\S+$", ""),
-]
-
-
-def clean_caption(caption):
-    """Cleans a caption from the web as DeepFloyd IF and PixArt's training did before T5. Addresses,
-    markup, file names, article numbers and advertising are removed; letters become lower-case;
-    dashes and quotation marks are of one kind.
-
-    Two steps of the official code use libraries that are not needed here. Instead of BeautifulSoup,
-    Python's own HTML parser removes the markup. ftfy repairs text of a wrong encoding; here such
-    text stays, and only letters and their accents are composed.
-    """
-    for _ in range(2):  # twice, as in the official code: what one pass uncovers, the next removes
-        caption = urllib.parse.unquote_plus(caption).strip().lower()
-        caption = substitute(caption.replace("<person>", "person"), ADDRESSES)
-        caption = substitute(without_markup(caption), SYMBOLS)
-        if len(re.findall("[-_]", caption)) > 3:  # this-is-my-cute-cat
-            caption = re.sub("[-_]", " ", caption)
-        caption = unicodedata.normalize("NFC", caption)
-        caption = html.unescape(html.unescape(caption)).strip()
-        caption = substitute(caption, ADVERTISING).strip()
-    return caption
-
-
-def substitute(caption, rules):
-    """Applies a list of (pattern, replacement), one after another."""
-    for pattern, replacement in rules:
-        caption = re.sub(pattern, replacement, caption)
-    return caption
-
-
-def without_markup(caption):
-    """The text between HTML tags; character references such as &amp; become characters."""
-    pieces = []
-    parser = HTMLParser()
-    parser.handle_data = pieces.append
-    parser.feed(caption)
-    parser.close()
-    return "".join(pieces)

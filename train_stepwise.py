@@ -189,6 +189,8 @@ def read_flags():
                         help="the paper's lambda, or the official code's (leave-one-out)")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
     parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
+    parser.add_argument("--raw-captions", action="store_true",
+                        help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
     return parser.parse_args()
 
 
@@ -198,7 +200,7 @@ def main():
     device = models.find_device(args.device)
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
-    model = models.load(args.model, args.weights, "cpu", args.dtype)
+    model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     if args.prompts and model.text is None:
         raise ValueError(f"{args.model} takes labels, not prompts: leave --prompts out")
     prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
@@ -206,6 +208,7 @@ def main():
     if model.text:
         model.prepare(prompts, device)  # the text encoder is gone again before the network comes
     model.to(device)
+    settings["raw_captions"] = model.text == "t5" and not model.clean  # also if it never cleans
     for key in ("sampler", "steps", "guidance"):
         if settings[key] is None:
             settings[key] = getattr(model, key)

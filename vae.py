@@ -355,7 +355,8 @@ def read_weights(path, network):
 
     From a file of the whole Stable Diffusion model it takes the part `first_stage_model`. It skips
     what training left in a file (`loss.`, `model_ema.`). Raises FileNotFoundError, or ValueError
-    that names the first five keys that are missing, unexpected, doubled or of another shape.
+    that names the first five keys that are missing, unexpected, doubled or of another shape, or
+    the first that is no weight (see `checkpoint.check_weight`).
     """
     state, part = checkpoint.read(path), "first_stage_model."
     state = {key.removeprefix(part): state[key] for key in state if key.startswith(part)} or state
@@ -377,4 +378,6 @@ def read_weights(path, network):
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{path} does not fit this network: " + "; ".join(problems[:5]) + more)
+    for name, value in weights.items():
+        checkpoint.check_weight(value, f"{path}: {name}")
     return weights

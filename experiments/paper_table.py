@@ -450,6 +450,8 @@ def contents_of(model, items, reference):
 def prepare(args, model, items, rows):
     """-> what the table's images are looked at with. Raises ValueError for a reference that cannot
     be compared with."""
+    if not pictures.is_named(args.reference) and not Path(args.reference).exists():
+        raise FileNotFoundError(f"no --reference at {args.reference}")
     network = features.load(metrics.usual_features(args.reference), device=model.device)
     reference = metrics.statistics_of(args.reference, network)
     numbers = [value for value in vars(reference).values() if torch.is_tensor(value)]

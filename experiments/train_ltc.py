@@ -23,13 +23,14 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import command
 import models
@@ -45,7 +46,7 @@ DROP_LABEL = 0.1  # the share of images that are shown without their label
 # 50: beta 1e-6, for 512 x 512: tau 0.9). An iteration is a row's update.
 DEFAULTS = {"digits": dict(beta=1e-4, lr=0.1, iterations=1000, batch_size=8)}
 PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+MIRROR = 3  # a purpose of Noise
 
 # ------------------------------------------------------------------------------------------------
 # The images
@@ -62,22 +63,42 @@ def digits():
     return draw
 
 
-def folder(root, model, autoencoder):
-    """The same for a folder of one folder a class, which are numbered by their sorted names as
-    ImageNet's are: random latents of its images, (B, 4, H, W), and their labels. Raises ValueError
-    if there are not as many as the model has classes, or if an image cannot be read."""
-    classes = sorted(path for path in Path(root).iterdir() if path.is_dir())
+def list_classes(root):
+    """A folder of one folder a class, which are numbered by their sorted names as ImageNet's are
+    -> the files (see `pictures.image_files`) of each: a list of lists of paths. One warning says
+    what is left out. Raises ValueError if there are none, OSError if there is no such folder."""
+    classes = sorted(path for path in Path(root).iterdir()
+                     if path.is_dir() and not path.name.startswith("."))
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        files = [pictures.image_files(path) for path in classes]
+    if left_out:
+        more = f" (and files of {len(left_out) - 1} more classes)" if len(left_out) > 1 else ""
+        warnings.warn(f"{left_out[0].message}{more}", stacklevel=2)
+    if not any(files):
+        raise ValueError(f"no images in folders of {root}: it takes a folder for each class")
+    return files
+
+
+def folder(root, model, autoencoder, classes=None):
+    """The same for the images of `classes`, by default those in the folder `root`: random latents
+    of them, (B, 4, H, W), half of them mirrored, and their labels. Raises ValueError if there are
+    not as many classes as the model has, or if an image cannot be read."""
+    classes = classes or list_classes(root)
     if len(classes) != model.network.num_classes:
         raise ValueError(f"{root} has {len(classes)} folders, {model.name} "
                          f"{model.network.num_classes} classes: it takes a folder for each")
-    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())
-             if file.suffix.lower() in SUFFIXES]
-    if not files:
-        raise ValueError(f"no images in the folders of {root} ({', '.join(SUFFIXES)})")
+    empty = [str(label) for label, known in enumerate(classes) if not known]
+    if empty:
+        raise ValueError(f"{root}: no images in the folder of class {', '.join(empty[:5])}")
+    files = [(file, label) for label, known in enumerate(classes) for file in known]
 
     def draw(noise):
         chosen = [files[j] for j in noise.labels(len(files))]
-        pixels = torch.stack([centre(file, model.pixels) for file, _ in chosen])
+        # By an image's number alone, so that a resumed run mirrors the same ones.
+        mirrored = Noise(noise.seed, noise.numbers, MIRROR).labels(2)
+        pixels = torch.stack([centre(file, model.pixels, mirror)
+                              for (file, _), mirror in zip(chosen, mirrored, strict=True)])
         spread = noise.start(model.shape, model.device)
         latents = autoencoder.encode(pixels.to(model.device), spread)
         return model.scale * latents, torch.tensor([label for _, label in chosen])
@@ -85,11 +106,24 @@ def folder(root, model, autoencoder):
     return draw
 
 
-def centre(file, size):
-    """An image's middle, as large a part as has the shape (H, W) `size`, in that size:
-    (3, H, W) in [-1, 1]. Raises ValueError if it cannot be read."""
-    image = ImageOps.fit(Image.fromarray(pictures.read_image(file)), size[::-1])
-    return torch.from_numpy(np.asarray(image) / np.float32(127.5) - 1).permute(2, 0, 1)
+def centre(file, size, mirror=False):
+    """An image as DiT was trained on it: its middle, square, of the shape (H, W) `size`, mirrored
+    or not: (3, H, W) in [-1, 1]. Raises ValueError if it cannot be read."""
+    image = square(Image.fromarray(pictures.read_image(file)), size[0])
+    pixels = np.asarray(image)[:, ::-1] if mirror else np.asarray(image)
+    return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1)
+
+
+def square(image, size):
+    """The middle of a Pillow image, size x size, by ADM's center_crop_arr: halved as long as its
+    shorter side stays at `size` or more, then scaled until that side is `size`, then cut."""
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,6 +229,7 @@ def main():
     if args.target_cur is not None and args.target_cur >= 0.5:
         raise ValueError("Learning-to-Cache reuses at every other step at most: --target-cur must "
                          "be below 0.5")
+    classes = list_classes(args.images) if args.images else None  # complains before a download
     model = models.load(args.model, args.weights, args.device, args.dtype)
     if model.text:
         raise ValueError(f"{args.model} takes prompts: Learning-to-Cache is for models that take "
@@ -204,7 +239,7 @@ def main():
                  "steps": model.steps if args.steps is None else args.steps,
                  "sampler": args.sampler or "ddim"}
     if args.images:
-        draw = folder(args.images, model, models.load_autoencoder(model, args.vae))
+        draw = folder(args.images, model, models.load_autoencoder(model, args.vae), classes)
     else:
         draw = digits()
     out = args.out or Path("runs") / f"{args.model}-ltc"

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402 (from here on the project's modules are on the path)
 import ast  # noqa: E402
+import atexit  # noqa: E402
 import base64  # noqa: E402
 import copy  # noqa: E402
 import hashlib  # noqa: E402
@@ -243,6 +244,7 @@ def execute(notebook, folder):
     except DeadKernelError:
         raise
     except RuntimeError as error:  # it died before its first cell
+        atexit.unregister(client._cleanup_kernel)  # which would complain that there is none
         raise OSError(f"the kernel does not start: {error}") from error
     return fresh
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -214,10 +215,67 @@ def test_a_stub_that_was_solved_is_found(course, name):
 
 def test_the_release_command_exits_with_2_on_a_leak(course):
     folder = course / "notebooks" / "assignments"
-    shutil.copy(SOLUTIONS / NAMES[0] / "student.py", folder / NAMES[0] / "my_notes.py")
+    shutil.copy(SOLUTIONS / NAMES[0] / "student.py", course / "my_notes.py")
     answer = run(folder / "lecturer" / "release.py", "--out", "release.zip", cwd=course)
     assert answer.returncode == 2 and "my_notes.py" in answer.stderr
     assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1
+
+
+PRIVATE = ("submissions/ada/student.py", "submissions.py", "grades.csv", "grades.json",
+           "a1_samplers/cases_graded.py", "a1_samplers/student_ada.py", "a1_samplers/grades.csv",
+           "a1_samplers/old/student.py", "._README.md", "../../data/names.json", "../ada.py.txt",
+           "../../checkpoints/ada/router.safetensors", "../../experiments/grades.json")
+
+
+def plant(course):
+    """Puts private files beside the assignments. -> their paths from the root, as text."""
+    for name in PRIVATE:
+        path = course / "notebooks" / "assignments" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("ada: 3 points\n")
+    (course / "data" / "names.npz").symlink_to("/etc/hostname")
+    return {(course / "notebooks" / "assignments" / name).resolve().relative_to(
+        course.resolve()).as_posix() for name in PRIVATE} | {"data/names.npz"}
+
+
+def test_what_lies_beside_the_assignments_stays(course):
+    """The right value: the files of the release without them."""
+    release = script("release", course)
+    before = release.released_files()
+    private = plant(course)
+    with pytest.warns(UserWarning, match="left out: .* in notebooks/assignments/submissions/ada"):
+        after = release.released_files()
+    assert after == before and not private & {path.as_posix() for path in after}
+    assert {path.name for path in after if path.parent.name == "a5_competition"} == {
+        "README.md", "student.py", "cases.py", "test_student.py", "plots.ipynb", "leaderboard.py"}
+
+
+def test_in_a_clone_only_what_git_tracks_goes_out(course):
+    """With known names too. But a new assignment goes out before it is committed."""
+    release = script("release", course)
+    before = release.released_files()
+    run("-c", "import subprocess\nfor words in (['init', '-q'], ['add', '-A']):\n"
+        "    subprocess.run(['git', *words], check=True)", cwd=course)
+    (course / "ada_grades.py").write_text("ada = 3\n")
+    (course / "notebooks" / "ada.ipynb").write_text("{}")
+    new = course / "notebooks" / "assignments" / "a6_new"
+    shutil.copytree(course / "notebooks" / "assignments" / NAMES[0], new)
+    with pytest.warns(UserWarning, match="left out: 1 in notebooks"):
+        after = release.released_files()
+    assert {path.as_posix() for path in set(after) - set(before)} == {
+        f"notebooks/assignments/a6_new/{name}"
+        for name in ("README.md", "student.py", "cases.py", "test_student.py", "plots.ipynb")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_withheld_cases_do_not_go_out_in_the_place_of_the_others(course, name):
+    folder = course / "notebooks" / "assignments" / name
+    withheld = (SOLUTIONS / name / "cases.py").read_text()
+    for text in (withheld, withheld.replace('"""', '"""Mine. ', 1)):
+        (folder / "cases.py").write_text(text)
+        with pytest.raises(ValueError, match=f"{name}/cases.py has the withheld numbers"):
+            script("release", course).make(course / "release.zip")
+    assert not list(course.glob("*.zip"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,6 +306,9 @@ SUBMISSIONS = {  # name: (its student.py, the points it earns, (a failed task, i
     "fine": (SOLUTION, 7, None),
     "seeds_by_heart": (SOLUTION.replace("x + 1", "{0: 1, 1: 2}[x]"), 6,
                        ("task9_1", "KeyError")),
+    "null_bytes": ("\0" * 99, 0, ("task9_1", "null bytes")),
+    "huge": ("#" * 1_000_001, 0, ("task9_1", "1,000,001 bytes: 1,000,000 at most")),
+    "a notebook": ('{"cells": [], "nbformat": 4, "x": null}', 0, ("task9_1", "NameError")),
     "syntax_error": ("def one(x) return", 0, ("task9_1", "SyntaxError")),
     "not_text": ("\udcff\udcfe", 0, ("task9_2", "SyntaxError")),
     "missing": (None, 0, ("task9_3", "no student.py")),
@@ -296,6 +357,7 @@ def tiny(tmp_path_factory):
         if text is not None:
             file = submissions / name / "student.py"
             file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.mkfifo(submissions / "a_pipe.py")
     (submissions / ".hidden").mkdir()
     (submissions / "a file").touch()
     return root, submissions
@@ -354,3 +416,104 @@ def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
     cases.write_text("SEEDS = ('x',)\n")
     with pytest.raises(ValueError, match="the solution itself fails task9_1"):
         script("grade", broken).grade("a9_tiny", submissions)
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder of submissions as people have it, and a grading that ends early
+
+GRADE = "notebooks/assignments/lecturer/grade.py"
+
+
+def few(tiny, folder, *names):
+    for name in names:
+        shutil.copytree(tiny[1] / name, folder / name)
+    return folder
+
+
+def test_what_is_left_out_of_a_folder_is_told_in_one_line(tiny, tmp_path):
+    folder = few(tiny, tmp_path / "few", "fine")
+    for name in (".DS_Store", "__MACOSX", "ada.py", "bob_student.py"):
+        (folder / name).touch()
+    (folder / "nested" / "inner").mkdir(parents=True)
+    shutil.copy(folder / "fine" / "student.py", folder / "nested" / "inner")
+    (folder / "pipe").mkdir()
+    os.mkfifo(folder / "pipe" / "student.py")
+    answer = run(tiny[0] / GRADE, "a9_tiny", folder, "--out", "out/grades", cwd=tmp_path)
+    assert answer.returncode == 0 and "3 submissions, 2.3 of 7" in answer.stdout
+    warnings = [line for line in answer.stderr.splitlines() if line.startswith("warning")]
+    assert warnings == [f"warning: left out of {folder}: 2 hidden (.DS_Store, __MACOSX); "
+                        "2 not in a folder of its own (ada.py, bob_student.py)"]
+    content = json.loads((tmp_path / "out" / "grades.json").read_text())["submissions"]
+    assert content["nested"]["failures"]["task9_1"] == (
+        f"there is no student.py, but inner{os.sep}student.py: move it up")
+    assert content["pipe"]["failures"]["task9_1"] == "its student.py is not an ordinary file"
+
+
+def test_a_grading_that_is_killed_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path):
+    """Killed once a submission is graded, as by a lack of power. The right value: the two files of
+    a grading that was not killed. What was graded before is not graded again."""
+    names = ("exits", "expected_to_fail", "fewer_cases", "fine", "prints", "skips")
+    folder = few(tiny, tmp_path / "few", *names)
+    command = [tiny[0] / GRADE, "a9_tiny", folder, "--jobs", 1, "--out"]
+    assert run(*command, "whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen([sys.executable, *map(str, command), "parts"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "parts.json").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    state = json.loads((tmp_path / "parts.json").read_text())
+    done = [name for name in names if state["submissions"][name]]
+    assert 1 <= len(done) < len(names)
+    rows = (tmp_path / "parts.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:] if row.endswith(",,,,")] == [
+        name for name in names if name not in done]
+    shutil.copy(tmp_path / "parts.json", tmp_path / "other.json")
+    answer = run(*command, "parts", cwd=tmp_path)
+    assert f"{len(done)} of 6 submissions were graded before" in answer.stdout
+    for suffix in ("csv", "json"):
+        assert (tmp_path / f"parts.{suffix}").read_bytes() == (
+            tmp_path / f"whole.{suffix}").read_bytes()
+    other = run(*command, "other", "--times", 9, cwd=tmp_path)
+    assert other.returncode == 2 and "unfinished grading with other settings" in other.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--times", "nan"], "a finite number, not nan"), (["--times", "inf"], "a finite number"),
+    (["--times", "0.5"], "--times must be from 2"), (["--times", "1e300"], "--times must be"),
+    (["--memory", "nan"], "a finite number"), (["--memory", "1e300"], "--memory must be"),
+    (["--jobs", "0"], "--jobs 1 or more"), (["--out", "foreign"], "foreign.json is no grades"),
+    (["--out", "folder"], "it is a folder"), (["--out", "mine"], "mine.csv is no grades"),
+])
+def test_flags_of_grading_out_of_range_end_with_2(tiny, tmp_path, flags, words):
+    """--times nan once gave a right solution 0 points."""
+    folder = few(tiny, tmp_path / "few", "fine")
+    (tmp_path / "foreign.json").write_text("[1, 2]")
+    (tmp_path / "mine.csv").write_text("name,age\n")
+    (tmp_path / "folder.csv").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    answer = run(tiny[0] / GRADE, "a9_tiny", folder, *flags, cwd=tmp_path)
+    assert answer.returncode == 2 and words in answer.stderr and "Traceback" not in answer.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("change", [
+    {"unfinished": 3}, {"unfinished": {}}, {"submissions": [1]}, {"submissions": {"fine": 3}},
+    {"submissions": {"fine": {"total": 9, "points": {"task9_1": 9, "task9_2": 0, "task9_3": 0},
+                              "failures": {}}}},
+])
+def test_an_unfinished_grading_is_checked_when_it_is_read(tiny, tmp_path, change):
+    root, _ = tiny
+    grade = script("grade", root)
+    points = {"task9_1": 1, "task9_2": 2, "task9_3": 4}
+    progress = grade.Progress(tmp_path / "g", "a9_tiny", points, 6, 1e9, {"fine": "a", "ada": "b"})
+    progress.tests, progress.seconds = {task: [task] for task in points}, 1.0
+    progress.add("fine", {"total": 7, "points": points, "failures": {}})
+    again = grade.Progress(tmp_path / "g", "a9_tiny", points, 6, 1e9, {"fine": "a", "ada": "b"})
+    assert again.results == progress.results and again.tests == progress.tests
+    changed = grade.Progress(tmp_path / "g", "a9_tiny", points, 6, 1e9, {"fine": "c", "ada": "b"})
+    assert changed.results == {"fine": None, "ada": None}  # it has another student.py now
+    content = json.loads((tmp_path / "g.json").read_text()) | change
+    (tmp_path / "g.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"g\.json is"):
+        grade.Progress(tmp_path / "g", "a9_tiny", points, 6, 1e9, {"fine": "a", "ada": "b"})

@@ -68,6 +68,7 @@ WRONG = {  # changed arrays: what is said
     "sigma's shape": ({"sigma": np.eye(4)}, NOT_RIGHT + r"sigma is \(4, 4\) for 3 features"),
     "sigma_s's shape": ({"sigma_s": np.eye(3)[:2]}, NOT_RIGHT + "sigma_s is"),
     "not symmetric": ({"sigma": np.triu(np.ones((3, 3)))}, "sigma is no covariance"),
+    "correlation over 1": ({"sigma": np.eye(3) + 2 * np.eye(3)[::-1]}, "sigma is no covariance"),
     "negative": ({"sigma": -np.eye(3)}, "sigma is no covariance"),
     "pooled's width": ({"pooled": np.zeros((9, 4))}, NOT_RIGHT + r"pooled is \(9, 4\) for 3"),
     "rows": ({"logits": np.zeros((8, 4))}, NOT_RIGHT + "9 pooled, 8 logits, of 9 images"),

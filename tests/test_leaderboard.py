@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,38 @@ def test_an_empty_folder_is_an_error(leaderboard, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no submissions: one is NAME/student.py"):
         leaderboard.main()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--seconds", "nan"], "a finite number, not nan"), (["--memory", "inf"], "a finite number"),
+    (["--seconds", "0"], "--seconds must be from 0.01"), (["--memory", "1e300"], "--memory"),
+    (["--images", "1"], "--images must be from 2 to"), (["--images", "1" + "0" * 10], "--images"),
+    (["--seconds", "1e300"], "--seconds must be"),
+])
+def test_flags_out_of_range_end_with_2(leaderboard, tmp_path, monkeypatch, capsys, flags, words):
+    (tmp_path / "fine").mkdir()
+    (tmp_path / "fine" / "student.py").write_text(FINE)
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as caught:
+        leaderboard.command.run(leaderboard.main)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_submissions_that_cannot_be_run_are_refused_and_others_told(
+    leaderboard, tmp_path, monkeypatch
+):
+    """By the rule that grading has too. Each is in the list once, or in the warning."""
+    for name in ("empty", "nested/inner", "pipe", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "nested" / "inner" / "student.py").write_text(FINE)
+    (tmp_path / "loose.py").write_text(FINE)
+    os.mkfifo(tmp_path / "pipe" / "student.py")
+    with pytest.warns(UserWarning, match=r"1 hidden \(.hidden\); 1 not in a folder .*loose.py"):
+        names = leaderboard.folders.names_in(tmp_path)
+    assert names == ["empty", "nested", "pipe"]
+    monkeypatch.setattr(leaderboard, "TO_COMPARE", ())
+    monkeypatch.setattr(leaderboard, "sample", lambda *args: None)
+    _, refused = leaderboard.rank([tmp_path / name / "student.py" for name in names], 2, 0, 1, 1)
+    assert refused == {
+        "empty": "there is no student.py", "pipe": "its student.py is not an ordinary file",
+        "nested": f"there is no student.py, but inner{os.sep}student.py: move it up"}

@@ -350,6 +350,16 @@ def test_what_is_no_weight_of_clip(tiny_clip, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_clip_that_give_no_numbers(tiny_clip, tmp_path):
+    """Finite, but too large."""
+    state = torch.load(tiny_clip[1])
+    state["visual.proj"] = torch.full_like(state["visual.proj"], 3e38)
+    torch.save(state, tmp_path / "large.pt")
+    clip = features.load_clip(tiny_clip[0], str(tmp_path / "large.pt"))
+    with pytest.raises(ValueError, match="CLIP's cosines are not finite: are its weights right"):
+        metrics.clip_score(random_images(2, 32, 32, 3), ["a", "b"], clip)
+
+
 def test_unknown_clip_names(tiny_clip):
     with pytest.raises(ValueError, match="unknown CLIP model ViT-Z"):
         features.load_clip("ViT-Z", "openai")

@@ -2,8 +2,13 @@
 a server on this machine."""
 
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from safetensors.torch import save_file
 
 import command
 import dit
+import hub
 import models
 import pixart
 import text
@@ -130,7 +136,7 @@ def test_weights_that_are_missing_or_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at"):
         models.load("digits", weights=tmp_path)
     save_file(tiny_dit().state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="does not fit this network: missing blocks.3") as caught:
+    with pytest.raises(ValueError, match="this network") as caught:
         models.load("digits", weights=tmp_path / "other.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -369,6 +375,61 @@ def test_pixart_by_name(name, tmp_path, monkeypatch):
     repository, file = asked[0]
     assert repository == f"PixArt-alpha/PixArt-{'alpha' if alpha else 'Sigma'}"
     assert file.startswith("PixArt-XL-2-" if alpha else "PixArt-Sigma-XL-2-")
+    assert model.clean == alpha
+    assert not models.load(name, device="cpu", raw_captions=True).clean
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji", "dit256"])
+def test_raw_captions_are_for_t5(name):
+    """Refused before a download."""
+    with pytest.raises(ValueError, match=f"models that read captions by T5, not for {name}"):
+        models.load(name, raw_captions=True)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_captions_are_cleaned_where_the_model_says_so(clean, monkeypatch):
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="t5", clean=clean)
+    asked = []
+
+    def encode_each(prompts, **kwargs):
+        asked.append(kwargs["clean"])
+        return [torch.ones(2, 16)] * len(prompts)
+
+    monkeypatch.setattr(text, "encode_each", encode_each)
+    model.prepare(["a dog"])
+    monkeypatch.setattr(text, "encode", lambda prompts, **kwargs: asked.append(kwargs["clean"]))
+    model.encode(["a dog"])
+    assert asked == [clean, clean]
+
+
+def test_kept_features_of_another_width_are_refused_before_the_work(monkeypatch):
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="t5")
+    monkeypatch.setattr(text, "encode_each", lambda *args, **kwargs: [torch.ones(2, 15)])
+    with pytest.raises(ValueError, match="features of 15 channels, tiny reads 16"):
+        model.prepare(["a dog"])
+
+
+def test_prompts_that_are_no_text_are_refused_before_the_work():
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    with pytest.raises(ValueError, match="not a text in UTF-8"):
+        models.Model("tiny", network, "ddim", 20, 4.5, text="hashed").prepare(["a dog", "\udc80"])
+
+
+@pytest.mark.parametrize("written, name", [
+    (None, "float32"), ("float32", "float32"), ("fp32", "float32"), (torch.float32, "float32"),
+    ("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("BF16", "bfloat16"), ("fp16", "float16"),
+    (torch.float16, "float16"), ("torch.float16", "float16"),
+])  # fmt: skip
+def test_a_dtype_has_one_name(written, name):
+    assert models.dtype_name(written) == name
+
+
+@pytest.mark.parametrize("written", ["", " ", "float64", "int8", "half", "float", "nan"])
+def test_other_dtypes_are_refused(written):
+    with pytest.raises(ValueError, match="use float32, bfloat16 or float16"):
+        models.dtype_name(written)
 
 
 def test_pictures_of_another_size():
@@ -480,3 +541,73 @@ def test_loading_a_model_leaves_the_kernels_alone():
     before = chosen()
     models.load("digits", device="cpu")
     assert chosen() == before
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+DOWNLOAD = ("import sys, time; start = time.time()\n"
+            "import hub, command\n"
+            "def main():\n"
+            "    try: hub.download('stabilityai/sd-vae-ft-ema', 'config.json')\n"
+            "    finally: print(time.time() - start)\n"
+            "command.run(main)")
+
+
+def download_with(tmp_path, **variables):
+    """A download in a process of its own -> its lines on stderr. It ends with exit code 2."""
+    clean = {key: value for key, value in os.environ.items()
+             if not key.lower().endswith("_proxy") and not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", DOWNLOAD], env={**clean, "HF_HOME": str(tmp_path), **variables},
+        capture_output=True, text=True, cwd=Path(models.__file__).parent,
+    )
+    assert done.returncode == 2 and float(done.stdout) < 20, done.stderr
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("variables, reason, advice", [
+    (dict(ALL_PROXY="socks5://127.0.0.1:9"), "socks", "unset ALL_PROXY"),
+    (dict(HTTPS_PROXY="http://127.0.0.1:9"), "", "check the proxy in HTTPS_PROXY"),
+    (dict(HF_ENDPOINT="mirror.invalid"), "mirror.invalid", "check HF_ENDPOINT"),
+    (dict(HF_ENDPOINT="https://mirror.invalid"), "", "check HF_ENDPOINT"),
+    (dict(HF_ENDPOINT="http://127.0.0.1:9"), "refused", "check HF_ENDPOINT"),
+    (dict(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
+])  # fmt: skip
+def test_a_hub_that_cannot_be_reached(tmp_path, variables, reason, advice):
+    """One line within 20 s that keeps the reason and gives the advice that fits it."""
+    (line,) = download_with(tmp_path, **variables)
+    assert reason in line.lower() or reason in line
+    assert advice in line and "name it (--weights" in line and len(line) < 700
+
+
+@pytest.mark.parametrize("code", [503, None])
+def test_an_outage_of_the_hub(tmp_path, code):
+    """A server of this machine that is out of service, or that never answers."""
+    class Out(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            if code is None:
+                time.sleep(14)
+            self.send_response(code or 200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Out)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (line,) = download_with(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    assert ("503" if code else "timed out") in line
+
+
+def test_what_is_in_the_cache_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--a--b"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (folder / "snapshots" / ("0" * 40) / "w.bin").write_bytes(b"weights")
+    monkeypatch.setattr(hub, "probe", None)
+    assert Path(models.hugging_face("a/b", "w.bin")).read_bytes() == b"weights"

@@ -2,8 +2,11 @@
 notebooks` executes the notebooks themselves."""
 
 import ast
+import json
+import os
 import re
 import shutil
+import sys
 
 import nbformat
 import pytest
@@ -219,3 +222,103 @@ def test_the_first_cell_outside_of_a_clone():
     first = run.code_cells(read(run.HERE / "1_dit.ipynb"))[0].source
     with pytest.raises(ImportError, match="a clone of the repository"):
         exec(first, {})  # the tests' path has no walkthrough.py
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+CELL = {"cell_type": "code", "source": "print('x 1 (+- 0)')", "metadata": {}, "outputs": [],
+        "execution_count": None, "id": "a"}
+GOOD = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [CELL]}
+BAD = {  # name: (the file's content, what is said of it)
+    "no_json": ("import torch\n", "is not a notebook"), "empty": ("", "is not a notebook"),
+    "binary": (b"\xff\xfe\x00" * 9, "is not a notebook"), "list": ([], "is not a notebook"),
+    "nothing_in_it": ({}, "is not a notebook"), "number": (3, "is not a notebook"),
+    "no_cells": ({**GOOD, "cells": None}, "is not a notebook"),
+    "cells_of_text": ({**GOOD, "cells": ["x"]}, "is not a notebook"),
+    "future": ({**GOOD, "nbformat": 99}, "is not a notebook"),
+    "source_of_numbers": ({**GOOD, "cells": [{**CELL, "source": 3}]}, "is not a notebook"),
+    "julia": ({**GOOD, "metadata": {"kernelspec": {"name": "julia", "display_name": "Julia",
+                                                   "language": "julia"}}}, "of julia, not of Py"),
+    "no_python": ({**GOOD, "cells": [{**CELL, "source": "def f(:"}]}, "is not plain Python"),
+    "magic": ({**GOOD, "cells": [{**CELL, "source": "%time 3"}]}, "is not plain Python"),
+}
+
+
+def run_main(monkeypatch, capsys, *argv):
+    """-> exit code, stdout, stderr."""
+    monkeypatch.setattr("sys.argv", ["run.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as caught:
+        run.command.run(run.main)
+    return caught.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_notebook_of_python_ends_in_one_line_before_any_is_executed(
+    tmp_path, monkeypatch, capsys, name
+):
+    content, words = BAD[name]
+    (tmp_path / "good.ipynb").write_text(json.dumps(GOOD))
+    path = tmp_path / f"{name}.ipynb"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode()
+                     if isinstance(content, str) else json.dumps(content).encode())
+    before = path.read_bytes()
+    monkeypatch.setattr(run, "execute", None)  # it would be a TypeError
+    code, out, err = run_main(monkeypatch, capsys, tmp_path / "good.ipynb", path, "--write")
+    assert code == 2 and words in err and len(err.splitlines()) == 1 and out == ""
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_folders_pipes_and_missing_files_are_told(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    (tmp_path / "folder.ipynb").mkdir()
+    for name, words in (("pipe.ipynb", "not an ordinary file"), ("none.ipynb", "no such notebook"),
+                        ("folder.ipynb", "folder.ipynb")):
+        code, _, err = run_main(monkeypatch, capsys, tmp_path / name)
+        assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_hidden_notebooks_are_left_out_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    (tmp_path / "good.ipynb").write_text(json.dumps(GOOD))
+    (tmp_path / "._good.ipynb").write_bytes(b"\0\5\26\7")
+    with pytest.warns(UserWarning, match="1 hidden"):
+        assert run.find([]) == [tmp_path / "good.ipynb"]
+
+
+def test_two_notebooks_of_one_name_are_two(tmp_path, monkeypatch, capsys):
+    """Of two folders; one is as it was stored, and only that one is skipped."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        nbformat.write(printing("a 1 (+- 0)\n"), tmp_path / folder / "x.ipynb")
+    notebook = read(tmp_path / "a" / "x.ipynb")
+    notebook.metadata["fingerprint"] = run.fingerprint(notebook)
+    nbformat.write(notebook, tmp_path / "a" / "x.ipynb")
+    seen = []
+    monkeypatch.setattr(run, "check", lambda path, write: seen.append(path) or True)
+    code, _, _ = run_main(monkeypatch, capsys, "--changed", tmp_path / "a" / "x.ipynb",
+                          tmp_path / "b" / "x.ipynb")
+    assert code == 0 and seen == [tmp_path / "b" / "x.ipynb"]
+
+
+def test_the_kernel_is_the_python_that_runs_this(tmp_path, monkeypatch):
+    """Though another kernel is called python3 where Jupyter looks first. The right value:
+    sys.executable."""
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(
+        {"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x",
+         "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    fresh = run.execute(printing("", source="import sys\nprint(sys.executable)"), tmp_path)
+    assert list(run.printed_lines(fresh)) == [sys.executable]
+
+
+@pytest.mark.parametrize("change", ["no ipykernel", "dies at once"])
+def test_a_kernel_that_is_not_there_is_told(tmp_path, monkeypatch, change):
+    if change == "no ipykernel":
+        monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(run.ThisPython, "kernel_spec", run.KernelSpec(
+            argv=[sys.executable, "-c", "0"], display_name="x", language="python"))
+    with pytest.raises(OSError, match="has no ipykernel|does not start"):
+        run.execute(printing("", source="3"), tmp_path)

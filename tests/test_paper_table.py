@@ -1,7 +1,9 @@
 """The paper's table: its rows, their numbers against the files that they wrote, what it keeps."""
 
 import json
+import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import metrics
 import models
 import router as routers
 import train_stepwise
-from experiments import paper_table, table_figures, train_direct, train_ltc
+from experiments import paper_table, table_figures, table_files, train_direct, train_ltc
 from experiments.paper_table import Row
 
 
@@ -209,13 +211,77 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
     (["--prompts", "words.txt"], "takes labels, not prompts"),
     (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
+    (["--curs", "66.7"], "a CUR is 66.67 % at most"), (["--curs", "nan"], "--curs takes"),
+    (["--curs", "40,40.00000001"], "name every"), (["--methods", ""], "a name, not an empty one"),
+    (["--reference", ""], "a name, not an empty one"), (["--guidance", "nan"], "a finite number"),
+    (["--reference", "no/such.npz"], "no/such.npz"), (["--seeds", "9" * 10], "--seeds 1 to"),
+    (["--num-samples", "9" * 10], "at most"), (["--out", ""], "a name, not an empty one"),
     (["--model", "emoji", "--methods", "direct"], "direct needs a model that takes labels"),
 ])
 def test_mistakes_end_in_one_line(table, capsys, flags, words):
     with pytest.raises(SystemExit) as caught:
         table(*flags)
     err = capsys.readouterr().err
-    assert caught.value.code == 2 and words in err and len(err.splitlines()) == 1
+    assert caught.value.code == 2 and words in err
+    assert len([line for line in err.splitlines() if "error:" in line]) == 1
+
+
+ROW = {"about": {"steps": 3}, "computed": [16, 8, 8], "training": {}, "cur": 0.3, "seconds": 0.1,
+       "faster": 1.5, "gflop": 0.2, "cache_mb": 0.1, "error": 0.01, "fid": 2.0}
+
+
+@pytest.mark.parametrize("change", [
+    None, [], 3, "text", {"about": None}, {"about": {}}, {"computed": None}, {"computed": [16]},
+    {"computed": [1.5, 2, 3]}, {"training": None}, {"training": {"seconds": 3}}, {"cur": 1.0},
+    {"cur": "0.3"}, {"fid": math.nan}, {"gflop": 0}, {"seconds": -1}, {"is": math.inf},
+    {"faster": True}, {"fid": None},
+])
+def test_a_row_that_is_no_row_is_refused_in_one_line(tmp_path, change):
+    """The right end: ValueError that names the file."""
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(ROW))
+    assert table_files.read_json(path, table_files.is_row) == ROW
+    path.write_text(json.dumps(ROW | change if isinstance(change, dict) else change))
+    with pytest.raises(ValueError, match="row.json is not what this command writes"):
+        table_files.read_json(path, table_files.is_row)
+    path.write_text(json.dumps(ROW)[:-9])
+    with pytest.raises(ValueError, match="row.json is not what this command writes"):
+        table_files.read_json(path, table_files.is_row)
+
+
+@pytest.mark.parametrize("name", ["table.md", "error.png", "rows/digits-ddim-3-no_cache.json",
+                                  "images/digits-ddim-2-fewer_steps.npz"])
+def test_a_folder_with_the_name_of_an_output_is_found_before_the_work(
+    table, tmp_path, monkeypatch, capsys, name
+):
+    (tmp_path / "table" / name).mkdir(parents=True)
+    monkeypatch.setattr(paper_table, "draw", None)  # it would be a TypeError
+    with pytest.raises(SystemExit) as caught:
+        table()
+    assert caught.value.code == 2 and "it is a folder" in capsys.readouterr().err
+
+
+def test_a_table_that_another_process_makes_is_refused(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper_table, "draw", None)
+    with command.locked(tmp_path / "table"), pytest.raises(SystemExit) as caught:
+        table()
+    assert caught.value.code == 2 and "in use by another process" in capsys.readouterr().err
+
+
+def test_files_named_from_here_are_found_by_the_trainer(tmp_path, monkeypatch):
+    """The trainer runs in the clone. The right value: whole paths; a relative --out too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").touch()
+    seen = []
+    monkeypatch.setattr(paper_table.subprocess, "run", lambda argv, cwd: seen.extend(argv) or
+                        type("Done", (), {"returncode": 1}))
+    args = paper_table.argparse.Namespace(images=None, guidance=2.5, weights="w.safetensors",
+                                          device="cpu", dtype=None, prompts=None, vae=None)
+    with pytest.raises(ValueError, match="ended as said above"):
+        paper_table.find_router(Row("digits", "ddim", 4, "HarmoniCa", 0.35), args, Path("t"))
+    assert seen[seen.index("--weights") + 1] == str(tmp_path / "w.safetensors")
+    assert seen[seen.index("--out") + 1].startswith(str(tmp_path / "t" / "training"))
+    assert seen[seen.index("--device") + 1] == "cpu"
 
 
 def test_figures_need_matplotlib_and_say_so(table, capsys, monkeypatch):

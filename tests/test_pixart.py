@@ -200,13 +200,26 @@ def test_a_caption_of_which_nothing_is_seen_raises():
         network.condition(y, mask)
 
 
-@pytest.mark.parametrize("size, expected", [(None, (64, 64, 1)), ((96, 32), (96, 32, 3))])
+@pytest.mark.parametrize("size, expected", [
+    (None, (64, 64, 1)), ((96, 32), (96, 32, 3)), ((768, 1344), (768, 1344, np.float32(0.57))),
+    ((1344, 768), (1344, 768, 1.75)), ((64, 1024), (64, 1024, 0.25)), ((1024, 64), (1024, 64, 4)),
+])  # fmt: skip
 def test_micro_conditions_are_the_pictures_size_and_aspect_ratio(size, expected):
+    """The ratio is the nearest of those of the official sampling (ASPECT_RATIO_1024_TEST)."""
     network = tiny_pixart(micro_conditions=True)
     x, t, y, mask, *_ = inputs(network)
     _, _, sizes, ratios = network.condition(y, mask, size)
     assert sizes.tolist() == [list(expected[:2])] * 6 and ratios.tolist() == [[expected[2]]] * 6
     assert len(tiny_pixart().condition(y, mask, size)) == 2
+
+
+def test_the_ratios_are_those_of_diffusers():
+    """An independent copy of the official table; their sides have these ratios, cut or rounded."""
+    module = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
+    table = module.ASPECT_RATIO_1024_BIN
+    assert sorted(map(float, table)) == list(pixart.RATIOS)
+    for ratio, (height, width) in table.items():
+        assert abs(float(ratio) - height / width) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -381,7 +394,7 @@ def test_official_weights_are_read_as_they_were_written(tmp_path, name, micro):
     state = network.state_dict()
     content = dict(state)
     if "without" not in name:
-        content["pos_embed"] = torch.zeros(1, 64, 24)  # some files have that of another size
+        content["pos_embed"] = torch.zeros(1, 16, 24)  # the fixed one, which is computed here
     if name.endswith("pth"):
         content = {"state_dict": content}
     read = pixart.read_weights(save(tmp_path / name, content), other)

@@ -189,11 +189,87 @@ def test_a_folder_of_classes(tmp_path):
         train_ltc.folder(tmp_path, model, Flat())
 
 
+def crop_of_adm(image, size):
+    """guided_diffusion.image_datasets.center_crop_arr, restated: means of 2 x 2 pixels as long as
+    the shorter side is 2 size or more, then Pillow's bicubic resize to it, then a slice."""
+    pixels = np.asarray(image)
+    while min(pixels.shape[:2]) >= 2 * size:
+        height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+        assert pixels.shape == (2 * height, 2 * width, 3)  # the test's own: even at every halving
+        mean = pixels.reshape(height, 2, width, 2, 3).astype(float).mean(axis=(1, 3))
+        pixels = np.floor(mean + 0.5).astype(np.uint8)
+    scale = size / min(pixels.shape[:2])
+    height, width = (round(side * scale) for side in pixels.shape[:2])
+    pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("height, width", [
+    (16, 16), (16, 21), (40, 24), (31, 17), (32, 32), (128, 72), (96, 200), (9, 12), (64, 68),
+])  # fmt: skip
+def test_the_crop_is_adms(tmp_path, height, width):
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+    image.save(tmp_path / "x.png")
+    expected = crop_of_adm(image, 16)
+    assert np.abs(np.asarray(train_ltc.square(image, 16)).astype(int) - expected).max() <= 3
+    pixels = train_ltc.centre(tmp_path / "x.png", (16, 16))
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert np.abs((pixels.permute(1, 2, 0).numpy() + 1) * 127.5 - expected).max() <= 3.001
+    assert torch.equal(train_ltc.centre(tmp_path / "x.png", (16, 16), True), pixels.flip(2))
+
+
+def test_half_of_the_images_are_mirrored_by_seed_and_number_alone(tmp_path):
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        picture = np.zeros((16, 16, 3), np.uint8)
+        picture[:, 8:] = 255  # the right half is white
+        Image.fromarray(picture).save(tmp_path / name / "x.png")
+
+    class Corner(Flat):
+        def encode(self, images, noise):
+            return images[:, :2, :8, :8]  # the left half of the upper half
+
+    model = tiny_model()
+    model.autoencoder, model.size = "some", (2, 2)
+    draw = train_ltc.folder(tmp_path, model, Corner())
+    images, labels = draw(Noise(3, range(400), 1))
+    white = images[:, 0, 0, 0] == 1
+    assert (images.flatten(1) == torch.where(white, 1.0, -1.0)[:, None]).all()
+    assert 160 < white.sum() < 240  # 200 +- 4 deviations
+    for label in range(5):  # whatever the image is
+        assert 0.25 < white[labels == label].float().mean() < 0.75
+    again, _ = draw(Noise(3, [7, 300, 5], 1))  # other batches, another order: a resumed run
+    assert torch.equal(again, images[[7, 300, 5]])
+
+
+def test_a_folder_of_classes_as_people_have_it(tmp_path):
+    with pytest.raises(ValueError, match="no images in folders of"):
+        train_ltc.list_classes(tmp_path)
+    for name in ("b", "a", ".git"):
+        (tmp_path / name).mkdir()
+        for file in ("10.png", "2.gif", "._2.gif", "notes.txt"):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / file, "PNG")
+    with pytest.warns(match=r"left out of .*a: 1 .txt, 1 hidden \(and files of 1 more classes\)"):
+        classes = train_ltc.list_classes(tmp_path)
+    assert [[path.name for path in files] for files in classes] == [["2.gif", "10.png"]] * 2
+    assert classes[0][0].parent.name == "a"
+    (tmp_path / "c").mkdir()
+    model = tiny_model()
+    model.network.num_classes = 3
+    with pytest.warns(), pytest.raises(ValueError, match="no images in the folder of class 2"):
+        train_ltc.folder(tmp_path, model, Flat())
+    for name in ("none", "a/10.png"):
+        with pytest.raises(OSError, match="10.png|none"):
+            train_ltc.list_classes(tmp_path / name)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "dit256"], "every other model on --images"),
     (["--images", "x"], "digits are trained on the shipped ones"),
     (["--guidance", "3"], "leave --guidance out"),
-    (["--model", "emoji", "--images", "x", "--weights", "none"], "no weights at none"),
+    (["--model", "emoji", "--images", "x", "--weights", "none"], "No such file or directory: 'x'"),
     (["--target-cur", "40"], "a share, like 0.4"), (["--target-cur", "0.5"], "must be below 0.5"),
     (["--sampler", "ddpm"], "use --sampler ddim"),
     (["--batch-size", "0"], "--batch-size must be 1 or more"),

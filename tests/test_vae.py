@@ -465,7 +465,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     path, trace = tmp_path / "w.ckpt", tmp_path / "trace"
     torch.save({"state_dict": tiny().state_dict(), "callbacks": Code(trace)}, path)
-    with pytest.raises(ValueError, match="only running code could read: use a .safetensors"):
+    with pytest.raises(ValueError, match="only running code could read .posix.mkdir.: use a .safe"):
         vae.read_weights(path, tiny())
     assert not trace.exists()
     with contextlib.suppress(Exception):  # the trap works: a careless reader runs the code
@@ -494,3 +494,19 @@ def test_another_content_raises(tmp_path, content):
 def test_a_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights"):
         vae.read_weights(tmp_path / "w.safetensors", tiny())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda value: value.long(), "is int64, not floating point"),
+    (lambda value: value.bool(), "is bool, not floating point"),
+    (lambda value: value * torch.nan, "holds NaN or infinite"),
+    (lambda value: value.to_sparse(), "no ordinary tensor"),
+    (lambda value: value.to("meta"), "no ordinary tensor"),
+])  # fmt: skip
+def test_numbers_that_are_no_weights_are_refused_by_name(tmp_path, change, words):
+    network = vae.Autoencoder(channels=32, multipliers=(1, 1), res_blocks=1)
+    state = network.state_dict()
+    state["quant_conv.weight"] = change(state["quant_conv.weight"])
+    torch.save(state, tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match=f"quant_conv.weight {words}|quant_conv.weight is {words}"):
+        vae.read_weights(tmp_path / "vae.pt", network)
