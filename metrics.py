@@ -13,7 +13,6 @@ Notation: N images, M reference images, D pooled and S spatial features of an im
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import itertools
 import json
 import sys
@@ -345,9 +344,7 @@ def usual_features(reference):
 def read_arguments():
     """The flags, `metrics` as a list of names or None for all that are possible. Raises ValueError
     for flags that do not go together."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser = command.Parser(__doc__)
     parser.add_argument("samples", type=command.name,
                         help="a folder of images, an npz file, or digits, emoji, ...")
     parser.add_argument("--reference", type=command.name, default="digits",
@@ -388,11 +385,6 @@ def read_arguments():
     check_save_stats(args)
     args.device = models.find_device(args.device)
     return args
-
-
-def refuse(message):
-    """In place of argparse's own way, which also prints a page of usage."""
-    raise ValueError(f"{message} (--help lists the flags)")
 
 
 def check_save_stats(args):

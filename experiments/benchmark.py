@@ -22,7 +22,6 @@ K branches: 2 L, for PixArt 3 L.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import statistics
 import time
 
@@ -402,9 +401,7 @@ def benchmark_sampling_memory(images=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--only", choices=["cache", "pixart", "digits", "training", "memory"],
                         help="one of the five (default: all)")
     parser.add_argument("--repeats", type=int, default=5,

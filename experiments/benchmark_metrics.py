@@ -11,7 +11,6 @@ neighbours   precision and recall of 10,000 x 10,000 images with 2048 features: 
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -65,9 +64,7 @@ def benchmark_neighbours(N=10_000, D=2048):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")
     args = parser.parse_args()
     if args.repeats < 1:

@@ -12,7 +12,6 @@ The outputs of DiT differ because diffusers embeds its timesteps with other freq
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import statistics
 import time
 from functools import partial
@@ -61,9 +60,7 @@ def pair(kind, depth, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--depth", type=int, default=8, help="blocks (8; XL has 28)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (5)")

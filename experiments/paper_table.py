@@ -24,7 +24,6 @@ Notation: T denoising steps, K branches, CUR the cache utilisation ratio.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -343,9 +342,7 @@ def paper_figures(model, sampler):
 
 def read_flags():
     """-> the flags, with `curs` and `methods` as lists. Raises ValueError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     parser.add_argument("--curs", type=command.name, default="25,40,55",
                         help="the CURs to compare at, in percent")

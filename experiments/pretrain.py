@@ -15,7 +15,6 @@ Notation: B images of a batch, N of the data set, C channels, M caption tokens.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import copy
 import math
 import time
@@ -447,9 +446,7 @@ TRAIN = {
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--model", default="digits", choices=TRAIN, help="default: digits")
     parser.add_argument("--steps", type=int, help="optimiser steps (digits: 8000)")
     parser.add_argument("--batch-size", type=int, help="images a step (digits: 64)")

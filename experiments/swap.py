@@ -15,7 +15,6 @@ the errors. Steps count from 0.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 from pathlib import Path
 
 import command
@@ -44,9 +43,7 @@ def reusing(schedule, j, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--model", default="digits", help="digits (default) or emoji")
     parser.add_argument("--router", type=Path, help="router file (default: the shipped one)")
     parser.add_argument("--num-samples", type=int, default=100, help="images (100)")

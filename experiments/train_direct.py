@@ -18,7 +18,6 @@ Notation: B images, T denoising steps, K branches.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -156,9 +155,7 @@ def cost(model, settings, rounds=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     training.add_flags(parser, "runs/MODEL-direct")
     training.add_start_flag(parser)

@@ -21,7 +21,6 @@ Notation: B images, T denoising steps, K branches.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse
 import math
 import warnings
 from functools import partial
@@ -210,9 +209,7 @@ def train(model, settings, out, draw, resume=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
     parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse  # noqa: E402 (from here on the project's modules are on the path)
 import ast  # noqa: E402
 import atexit  # noqa: E402
 import base64  # noqa: E402
@@ -282,9 +281,7 @@ def changed(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("notebooks", nargs="*", type=Path, help="files (default: all)")
     parser.add_argument("--changed", action="store_true", help="only those that changed")
     parser.add_argument("--write", action="store_true", help="store the fresh outputs")

@@ -1,5 +1,6 @@
 """The paper's table: its rows, their numbers against the files that they wrote, what it keeps."""
 
+import argparse
 import json
 import math
 import sys
@@ -189,7 +190,7 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
 
     monkeypatch.setattr(trainer, "train", train)
     monkeypatch.setattr(paper_table.subprocess, "run", run)
-    args = paper_table.argparse.Namespace(images=None, guidance=2.5, weights=None, device="cpu",
+    args = argparse.Namespace(images=None, guidance=2.5, weights=None, device="cpu",
                                           dtype=None, prompts=None, vae=None)
     path, training = paper_table.find_router(row, args, tmp_path)
     assert path == tmp_path / "routers" / f"{row.name}.safetensors" and training["seconds"] == 1.0
@@ -275,7 +276,7 @@ def test_files_named_from_here_are_found_by_the_trainer(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(paper_table.subprocess, "run", lambda argv, cwd: seen.extend(argv) or
                         type("Done", (), {"returncode": 1}))
-    args = paper_table.argparse.Namespace(images=None, guidance=2.5, weights="w.safetensors",
+    args = argparse.Namespace(images=None, guidance=2.5, weights="w.safetensors",
                                           device="cpu", dtype=None, prompts=None, vae=None)
     with pytest.raises(ValueError, match="ended as said above"):
         paper_table.find_router(Row("digits", "ddim", 4, "HarmoniCa", 0.35), args, Path("t"))

@@ -29,7 +29,6 @@ sys.path[:0] = [str(ROOT), str(ASSIGNMENTS)]
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse  # noqa: E402 (from here on the project's modules are on the path)
 import ast  # noqa: E402
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
@@ -393,9 +392,7 @@ def write(out, assignment, points, results, more):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("assignment", help="the folder's name, like a2_cache")
     parser.add_argument("submissions", type=Path, help="a folder of NAME/student.py")
     parser.add_argument("--out", type=Path, default=Path("grades"),

@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import argparse  # noqa: E402 (from here on the project's modules are on the path)
 import ast  # noqa: E402
 import collections  # noqa: E402
 import re  # noqa: E402
@@ -196,9 +195,7 @@ def make(out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("release.zip"), help="(release.zip)")
     args = parser.parse_args()
     if args.out.suffix != ".zip":
