@@ -45,7 +45,8 @@ def read(path):
                          f"code could read{unsafe_names(path)}: use a .safetensors file"
                          ) from error
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is not a whole checkpoint: {command.one_line(error)}") from error
+        reason = command.one_line(error) or type(error).__name__
+        raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
     for key in ("ema", "state_dict", "model"):  # an average of the weights is better than the last
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -203,6 +203,7 @@ def run(main):
     keep_freed_memory()
     if "interrupt" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.simplefilter("once")
     # By default Python adds the line of code that warned.
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
@@ -278,7 +279,7 @@ def finite(text):
 
 def name(text):
     """A name as argparse reads it, but not an empty one."""
-    if not text.strip():
+    if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("a name, not an empty one")
     return text
 

@@ -168,7 +168,7 @@ def npz_images(path):
         raise ValueError(f"{path}: arr_0 must be in C order")
 
     def images():
-        size = int(np.prod(shape[1:]))
+        size = math.prod(shape[1:])  # numpy's product would overflow for what a bad file claims
         for _ in range(shape[0]):
             try:
                 data = stream.read(size)

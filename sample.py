@@ -362,6 +362,7 @@ def main():
         "model": args.model, "weights": args.weights, "sampler": name, "steps": steps,
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
         "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
+        "contents": model.fingerprint(),  # a file may be replaced under the same name
     }
     if model.text == "t5":
         settings["clean_captions"] = model.clean
