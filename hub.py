@@ -65,8 +65,10 @@ def advice(error):
         return "unset HF_HUB_OFFLINE to download it"
     if isinstance(error, ImportError):
         return "mend that library: it is installed, but does not load"
-    if isinstance(error, PermissionError) or "no space left" in words:
+    if isinstance(error, PermissionError | NotADirectoryError) or "no space left" in words:
         return "set HF_HOME to a folder with room that you may write to"
+    if type(error) is FileNotFoundError:
+        return "check the paths in HF_HOME and SSL_CERT_FILE"
     if "GatedRepoError" in kinds:
         return "log in with `hf auth login` and accept its terms on its page"
     if kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "RevisionNotFoundError",
