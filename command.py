@@ -88,13 +88,15 @@ def locked(folder):
         yield
         return
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is no folder")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OSError(f"{folder} is in use by another process: wait, or choose another --out"
+            raise OSError(f"{folder} is in use by another process: wait, or name another"
                           ) from error
         yield
     finally:

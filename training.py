@@ -390,7 +390,7 @@ def add_flags(parser, folder):
 
 
 def add_start_flag(parser):
-    parser.add_argument("--start", metavar="SCHEDULE",
+    parser.add_argument("--start", metavar="SCHEDULE", type=command.name,
                         help="a schedule to start from, like fora-paper:2 (default: random logits)")
 
 
