@@ -80,8 +80,8 @@ def is_running(process):
 @contextlib.contextmanager
 def locked(folder):
     """`with locked(folder):` no other process can do the same meanwhile. The folder itself is
-    locked, so nothing is left in it. Raises OSError if another process has it; does nothing where
-    the system has no such locks (Windows)."""
+    locked, so nothing is left in it; if it was made for that and stays empty, it goes again. Raises
+    OSError if another process has it; does nothing where there are no such locks (Windows)."""
     try:
         import fcntl
     except ImportError:
@@ -90,6 +90,7 @@ def locked(folder):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OSError(f"{folder} is no folder")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -101,6 +102,9 @@ def locked(folder):
         yield
     finally:
         os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def save_state(path, state):
