@@ -140,7 +140,8 @@ def check_not_read(out, *sources):
 
 
 def check_writable(path):
-    """Raises OSError if no file can be made at `path`: now, rather than after an hour's work."""
+    """Raises OSError if no file can be made at `path`: now, rather than after an hour's work. Also
+    clears what killed processes left beside it."""
     path = Path(path)
     if path.is_dir():
         raise OSError(f"cannot write {path}: it is a folder")
@@ -209,7 +210,7 @@ def run(main):
     keep_freed_memory()
     if "interrupt" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.simplefilter("once")
+    warnings.simplefilter("once")  # a folder may be listed several times
     # By default Python adds the line of code that warned.
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):

@@ -459,7 +459,6 @@ def table(values, networks):
 
 def main():
     args = read_arguments()
-    warnings.simplefilter("once")  # folders are listed several times
     captions = read_captions(args)
     names = args.metrics and [name for name in args.metrics if name != "clip"]
     if args.metrics != ["clip"]:

@@ -32,7 +32,8 @@ import router as routers
 
 VERSION = 1  # of what a state holds and of what it leads to: a state of another one is refused
 OF_THE_MACHINE = ("out", "resume", "device", "vae")  # flags that do not change the router
-OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every")  # None in some trainings
+# None or False in some trainings; then a router file does not mention them
+OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every", "raw_captions")
 
 
 def for_steps(defaults, steps):

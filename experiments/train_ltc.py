@@ -178,9 +178,10 @@ def evaluate(network, y, x, t, cache=None):
     return network(x, torch.full((len(x),), t, device=x.device), y, cache=cache)
 
 
-def train(model, settings, out, draw, resume=False):
+def train(model, settings, out, draw, resume=False, files=()):
     """Learning-to-Cache's training, new or resumed, in the folder `out`. A "trajectory" of the log
-    is as many iterations as there are learned rows, each on a row drawn at random.
+    is as many iterations as there are learned rows, each on a row drawn at random. `files` names
+    the images, if `draw` reads them: with others the run is not resumed.
     -> a dict of results. Raises ValueError if the sampler is not DDIM."""
     if settings["sampler"] != "ddim":
         raise ValueError("Learning-to-Cache trains along single steps of DDIM: use --sampler ddim")
@@ -189,7 +190,7 @@ def train(model, settings, out, draw, resume=False):
     classes = model.network.num_classes
 
     router = make_router(steps, len(model.network.branches), settings["seed"])
-    run = training.Run(model, sampler, router, settings, out, resume, len(rows))
+    run = training.Run(model, sampler, router, settings, out, resume, len(rows), files)
     for n in run:
         losses, errors = [0.0] * steps, [0.0] * steps
         generator = torch.Generator().manual_seed((settings["seed"] * 1_000_000_007 + n) % 2**63)
@@ -242,8 +243,9 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-ltc"
     print(f"{args.model} on {model.device}: Learning-to-Cache, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
+    files = [str(file) for known in classes or () for file in known]
     with command.locked(out):
-        training.report(train(model, settings, out, draw, args.resume), settings, out)
+        training.report(train(model, settings, out, draw, args.resume, files), settings, out)
 
 
 if __name__ == "__main__":

@@ -502,6 +502,7 @@ def test_state_runs_no_code_from_the_file(weights, full_run, tmp_path, call):
 
 def test_the_trained_router_loads_for_its_own_use_only(full_run):
     file = routers.load(full_run / "router.safetensors")
+    assert not {"raw_captions", "prompts", "start"} & file.about.keys()  # not set: not mentioned
     file.check("digits", "ddim", 4, 16)
     with pytest.raises(ValueError, match="cannot be used for"):
         file.check("digits", "ddim", 20, 16)
