@@ -1,4 +1,4 @@
-"""The block-level feature cache: compute a branch of the network, or reuse its last output.
+"""The block-level feature cache: compute a branch of the network, or reuse its last outputs.
 
 A diffusion transformer adds K residual branches to its tokens, two or three a block. Their outputs,
 taken before the gate, change little from one denoising step to the next (HarmoniCa,
@@ -12,34 +12,61 @@ have called `branch()`, in execution order, and the cache decides:
     Cache      inference: a hard schedule; a reused branch costs no arithmetic
     SoftCache  training: a soft mix of new and kept output, differentiable in the router's scores
 
+A reused branch repeats its last computed output. With `order` 1 or 2 it is forecast instead, by the
+line or the parabola through its last two or three computed outputs (TaylorSeer,
+https://arxiv.org/abs/2503.06923).
+
 A cache serves one batch at a time, along one trajectory. Step 0 begins the next one, empty.
 
-Notation: T denoising steps, K cacheable branches, r the router's scores, tau the threshold.
+Notation: T denoising steps, K cacheable branches, r the router's scores, tau the threshold. An
+entry is a pair: the step at which an output was computed, and the output.
 """
 
 import copy
+import math
 
 import torch
 
+ORDERS = (0, 1, 2)
+
+
+def forecast(entries, i):
+    """The output at step i of the polynomial through the entries, a tuple, the newest last. One
+    entry is repeated as it is."""
+    if len(entries) == 1:
+        return entries[0][1]
+    steps = [s for s, _ in entries]
+    weights = [math.prod((i - other) / (s - other) for other in steps if other != s)
+               for s in steps]  # Lagrange's: they add up to 1
+    total = weights[0] * entries[0][1]
+    for weight, (_, output) in zip(weights[1:], entries[1:], strict=True):
+        total = torch.add(total, output, alpha=weight)
+    return total
+
 
 class Cache:
-    """Inference: branch k at step i is computed if schedule[i, k], and reused if not.
+    """Inference: branch k at step i is computed if schedule[i, k], and if not, forecast.
 
     `schedule` is a bool tensor (T, K). Its row 0 is all True: there is nothing to reuse yet.
+    `order` of the forecast: 0 repeats the last output, 1 or 2 goes on with its change.
     Attributes: `computed` and `reused`, lists of K counts of what really happened; `bytes`, what
     the cache holds now, and `peak_bytes`, the most it ever held.
-    Raises ValueError for another kind of schedule, or if the steps do not follow one another.
+    Raises ValueError for another kind of schedule or order, or if the steps do not follow one
+    another.
     """
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, order=0):
         if schedule.dtype != torch.bool or schedule.dim() != 2 or not (
             len(schedule) and schedule[0].all()
         ):
             raise ValueError("a schedule is a bool tensor (T, K) whose first row is all True")
+        if order not in ORDERS:
+            raise ValueError(f"the order of a forecast is 0, 1 or 2, not {order}")
         T, K = schedule.shape
-        self.schedule = schedule.tolist() + [[True] * K]  # nothing is reused after the last step
+        self.schedule, self.order = schedule.tolist(), order
+        self.read = read_later(self.schedule, order)
         self.steps, self.step = T, T - 1  # as after a whole trajectory: step 0 must come next
-        self.kept = {}
+        self.kept = {}  # k: its entries, the newest last
         self.computed, self.reused = [0] * K, [0] * K
         self.bytes = self.peak_bytes = 0
 
@@ -53,26 +80,25 @@ class Cache:
         return self
 
     def __call__(self, k, branch):
-        """The output of branch k, computed or kept."""
+        """The output of branch k, computed or forecast."""
+        entries = self.kept.get(k, ())
         if self.schedule[self.step][k]:
-            self.kept[k] = branch()
-        output = self.kept[k]
-        self._count(k, output)
-        self._drop_unread(k, output)
+            output = branch()
+            self.computed[k] += 1
+            self._keep(k, (*entries, (self.step, output)))
+        else:
+            output = forecast(entries, self.step)
+            self.reused[k] += 1
+            self._keep(k, entries)
         return output
 
-    def _count(self, k, output):
-        if self.schedule[self.step][k]:
-            self.computed[k] += 1
-            self.bytes += output.nbytes
-        else:
-            self.reused[k] += 1
-
-    def _drop_unread(self, k, output):
-        """Drops the output at once if the next step computes its own: then nothing reads it."""
-        if self.schedule[self.step + 1][k]:
-            del self.kept[k]
-            self.bytes -= output.nbytes
+    def _keep(self, k, entries):
+        """Keeps of the entries only those that a later step reads."""
+        self.bytes -= sum(output.nbytes for _, output in self.kept.pop(k, ()))
+        entries = entries[max(0, len(entries) - self.read[self.step][k]) :]
+        if entries:
+            self.kept[k] = entries
+        self.bytes += sum(output.nbytes for _, output in entries)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     @property
@@ -81,18 +107,29 @@ class Cache:
         return sum(self.reused) / max(1, sum(self.computed) + sum(self.reused))
 
 
+def read_later(schedule, order):
+    """How many of a branch's newest entries are still read after each step: a list of T lists of K.
+    A forecast reads order + 1. Whatever the next step computes takes the place of one."""
+    after = [[0] * len(schedule[0])]  # the last step: nothing comes after it
+    for row in reversed(schedule[1:]):
+        after.append([max(0, n - 1) if computes else order + 1
+                      for n, computes in zip(after[-1], row, strict=True)])
+    return after[::-1]
+
+
 class SoftCache:
     """Training: every branch is computed, and mixed with its kept output by its score r.
 
         m = r * new + (1 - r) * kept        and, where r > tau, m is kept, detached from the graph
 
+    With an `order` of forecast above 0, the forecast of the kept entries takes the place of `kept`.
     Step 0 computes and keeps everything, whatever its scores. `scores(i)` gives row i, a tensor
     (K,) in (0, 1). It is asked at each start, because every step has a graph of its own.
     """
 
-    def __init__(self, scores, tau):
-        self.scores, self.tau = scores, tau
-        self.kept = {}
+    def __init__(self, scores, tau, order=0):
+        self.scores, self.tau, self.order = scores, tau, order
+        self.kept = {}  # k: its entries, the newest last
 
     def start(self, i):
         """Call before evaluation i. -> the cache itself."""
@@ -106,13 +143,13 @@ class SoftCache:
         """The output of branch k, mixed."""
         new = branch()
         if self.step == 0:
-            self.kept[k] = new.detach()
+            self.kept[k] = ((0, new.detach()),)
             return new
         # Computed even where sampling will reuse it: r learns from the difference of the two.
-        r = self.r[k]
-        mixed = r * new + (1 - r) * self.kept[k]
-        if self.refresh[k]:
-            self.kept[k] = mixed.detach()  # the mix, as the official code keeps it
+        r, entries = self.r[k], self.kept[k]
+        mixed = r * new + (1 - r) * forecast(entries, self.step)
+        if self.refresh[k]:  # the mix, as the official code keeps it
+            self.kept[k] = (*entries, (self.step, mixed.detach()))[-1 - self.order :]
         return mixed
 
     def fork(self, scores):
@@ -124,4 +161,4 @@ class SoftCache:
 
     @property
     def bytes(self):
-        return sum(entry.nbytes for entry in self.kept.values())
+        return sum(output.nbytes for entries in self.kept.values() for _, output in entries)

@@ -1,14 +1,21 @@
+import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
-from cache import Cache, SoftCache
+from cache import Cache, SoftCache, forecast
 from samplers import DDIM, Noise, denoise
 from tests.small import tiny_dit
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
 T, K = 7, 6
+
+
+def newest(cache):
+    """The last output kept of each branch: {k: output}."""
+    return {k: entries[-1][1] for k, entries in cache.kept.items()}
 
 
 def random_schedule(seed, share=0.5):
@@ -310,7 +317,7 @@ def test_soft_mix_and_its_gradient_equal_a_slow_restatement(seed):
             only[i, k] = r
             torch.testing.assert_close(to_news, only)
             kept = expected if r > tau else kept
-        torch.testing.assert_close(cache.kept[k].double(), kept, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(newest(cache)[k].double(), kept, rtol=1e-5, atol=1e-5)
 
 
 @SEEDS
@@ -321,14 +328,14 @@ def test_soft_cache_keeps_the_mix_only_above_tau_and_detached(seed):
     before = None
     for i in range(T):
         (answers,) = drive(cache, news, [i])
-        assert not any(entry.requires_grad for entry in cache.kept.values())
+        assert not any(entry.requires_grad for entry in newest(cache).values())
         for k in range(K):
             if i == 0 or table[i, k] > 0.5:
-                assert torch.equal(cache.kept[k], answers[k])
+                assert torch.equal(newest(cache)[k], answers[k])
             else:
-                assert cache.kept[k] is before[k]
+                assert newest(cache)[k] is before[k]
             assert answers[k].requires_grad == (i > 0)
-        before = dict(cache.kept)
+        before = newest(cache)
 
 
 @SEEDS
@@ -343,7 +350,7 @@ def test_step_0_of_the_soft_cache_is_exact_whatever_the_scores(seed):
         assert torch.equal(results[0], expected[0])
         assert not torch.equal(results[1], expected[1])
         # The scores are all below tau: step 0's entries stay, and step 1 mixes with them.
-        assert all(torch.equal(cache.kept[k], exact[0][k]) for k in range(K))
+        assert all(torch.equal(newest(cache)[k], exact[0][k]) for k in range(K))
 
 
 @SEEDS
@@ -389,13 +396,13 @@ def test_a_fork_shares_the_entries_and_disturbs_nothing(seed):
     cache = SoftCache(lambda i: table[i], 0.5)
     drive(cache, news, range(3))
     at_fork = dict(cache.kept)
-    values = {k: entry.clone() for k, entry in at_fork.items()}
+    values = {k: output.clone() for k, output in newest(cache).items()}
     same, fork = cache.fork(lambda i: table[i]), cache.fork(lambda i: other[i])
     assert all(fork.kept[k] is at_fork[k] for k in range(K))  # no copy of memory
 
     forked = drive(fork, -news, range(3, T))
     assert all(cache.kept[k] is at_fork[k] for k in range(K))
-    assert all(torch.equal(at_fork[k], values[k]) for k in range(K))
+    assert all(torch.equal(at_fork[k][-1][1], values[k]) for k in range(K))
     assert equal(drive(cache, news, range(3, T)), expected[3:])
     assert equal(drive(same, news, range(3, T)), expected[3:])
 
@@ -403,3 +410,93 @@ def test_a_fork_shares_the_entries_and_disturbs_nothing(seed):
     for k in range(K):
         r = other[3, k]
         torch.testing.assert_close(forked[0][k], r * -news[3, k] + (1 - r) * values[k])
+
+
+# ------------------------------------------------------------------------------------------------
+# Forecasting
+
+
+def slow_forecast(entries, i):
+    """The polynomial through (step, output) pairs in Newton's form, number by number."""
+    steps = [s for s, _ in entries]
+    numbers = np.array([output.double().numpy() for _, output in entries])
+    result = np.empty(numbers.shape[1:])
+    for place in np.ndindex(result.shape):
+        values = numbers[(slice(None), *place)].tolist()
+        coefficients, column = [values[0]], values
+        for n in range(1, len(steps)):
+            column = [(column[j + 1] - column[j]) / (steps[j + n] - steps[j])
+                      for j in range(len(column) - 1)]
+            coefficients.append(column[0])
+        result[place] = sum(c * math.prod(i - s for s in steps[:n])
+                            for n, c in enumerate(coefficients))
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("steps", ((4,), (2, 3), (0, 5), (0, 2, 3), (1, 4, 9)))
+def test_a_forecast_equals_newtons_polynomial(steps):
+    generator = torch.Generator().manual_seed(0)
+    entries = tuple((s, torch.randn(2, 3, generator=generator)) for s in steps)
+    for i in range(steps[-1] + 1, steps[-1] + 4):
+        torch.testing.assert_close(forecast(entries, i).double(),
+                                   slow_forecast(entries, i), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", (0, 1, 2))
+def test_a_polynomial_of_its_order_is_forecast_exactly(order):
+    entries = tuple((s, torch.tensor([float(s) ** n for n in range(order + 1)]))
+                    for s in (1, 2, 5)[: order + 1])
+    expected = torch.tensor([7.0**n for n in range(order + 1)])
+    torch.testing.assert_close(forecast(entries, 7), expected)
+
+
+@pytest.mark.parametrize("order", (0, 1, 2))
+@SEEDS
+def test_a_forecasting_cache_equals_a_slow_one_and_keeps_no_more_than_is_read(order, seed):
+    """The slow one keeps every output for ever, and forecasts from the last order + 1 of them."""
+    schedule = random_schedule(seed)
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(T, K, 4, generator=generator)
+    cache, history = Cache(schedule, order), {k: [] for k in range(K)}
+    for i in range(T):
+        row = cache.start(i)
+        for k in range(K):
+            got = row(k, lambda i=i, k=k: outputs[i, k])
+            if schedule[i, k]:
+                history[k].append((i, outputs[i, k]))
+                assert torch.equal(got, outputs[i, k])
+            else:
+                expected = slow_forecast(history[k][-1 - order :], i).float()
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            later = schedule[i + 1 :, k].tolist()
+            # An entry is read if a later step reuses before order + 1 newer ones are there.
+            first = later.index(False) if False in later else len(later)
+            needed = max(0, order + 1 - first) if False in later else 0
+            assert len(cache.kept.get(k, ())) == min(len(history[k]), needed)
+        held = sum(output.nbytes for entries in cache.kept.values() for _, output in entries)
+        assert cache.bytes == held <= cache.peak_bytes
+    assert cache.bytes == 0
+
+
+@pytest.mark.parametrize("order", (1, 2))
+def test_a_soft_cache_mixes_with_the_forecast_of_what_it_kept(order):
+    scores = torch.tensor([[1.0, 1.0], [0.5, 0.05], [0.6, 0.7], [0.3, 0.02], [0.8, 0.9]])
+    cache, kept = SoftCache(scores.__getitem__, 0.1, order), {0: [], 1: []}
+    generator = torch.Generator().manual_seed(0)
+    for i, row in enumerate(scores):
+        cache.start(i)
+        for k in range(2):
+            new = torch.randn(3, generator=generator)
+            got = cache(k, lambda new=new: new)
+            expected = new if i == 0 else (
+                row[k] * new + (1 - row[k]) * slow_forecast(kept[k][-1 - order :], i).float())
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            if row[k] > 0.1:
+                kept[k].append((i, expected))
+            assert cache.bytes <= 2 * (order + 1) * 12
+
+
+def test_another_order_is_refused():
+    for order in (-1, 3, 0.5, None):
+        with pytest.raises(ValueError, match="0, 1 or 2"):
+            Cache(random_schedule(0), order)
