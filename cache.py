@@ -31,16 +31,12 @@ ORDERS = (0, 1, 2)
 
 
 def forecast(entries, i):
-    """The output at step i of the polynomial through the entries, a tuple, the newest last. One
-    entry is repeated as it is."""
-    if len(entries) == 1:
-        return entries[0][1]
+    """The polynomial through the entries, a tuple, at step i. One entry is repeated as it is."""
+    (first, total), *others = entries
     steps = [s for s, _ in entries]
-    weights = [math.prod((i - other) / (s - other) for other in steps if other != s)
-               for s in steps]  # Lagrange's: they add up to 1
-    total = weights[0] * entries[0][1]
-    for weight, (_, output) in zip(weights[1:], entries[1:], strict=True):
-        total = torch.add(total, output, alpha=weight)
+    for s, output in others:  # Lagrange's form, with weights that add up to 1
+        weight = math.prod((i - other) / (s - other) for other in steps if other != s)
+        total = torch.add(total, output - entries[0][1], alpha=weight)
     return total
 
 

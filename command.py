@@ -257,6 +257,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help explains the flags)")
 
 
+def add_forecast_flag(parser, default=None):
+    """`--forecast`, the order of cache.forecast; `default` None leaves it to the router."""
+    words = "the router's own, or 0" if default is None else default
+    parser.add_argument("--forecast", type=int, choices=[0, 1, 2], default=default,
+                        help="a reused branch repeats its last output (0), or continues the line "
+                             f"(1) or the parabola (2) through its last ones ({words})")
+
+
 def add_model_flags(parser):
     """The flags that sampling and training share. What is None comes from the model's defaults."""
     parser.add_argument("--model", default="digits",

@@ -317,16 +317,16 @@ def score_colour(score):
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def lambda_curve(values, timesteps):
-    """Draws lambda(i) over the executed steps, on a logarithmic axis. values (T,); zeros are left
+def lambda_curve(values, timesteps, weight="lambda"):
+    """Draws lambda(i), or another `weight` of the steps' errors, over the executed steps, on a logarithmic axis. values (T,); zeros are left
     out. -> a Pillow image."""
     width, height, left, right, top, bottom = 760, 420, 84, 24, 44, 76
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    draw.text((left, 12), "image error proxy: lambda at each executed step", "black", font)
+    draw.text((left, 12), f"image error proxy: {weight} at each executed step", "black", font)
     points = [(i, math.log10(value)) for i, value in enumerate(values) if value > 0]
     if not points:
-        draw.text((left, height // 2), "lambda is 0 everywhere: no reuse", "black", font)
+        draw.text((left, height // 2), f"{weight} is 0 everywhere: no reuse", "black", font)
         return image
     low = math.floor(min(y for _, y in points))
     high = max(low + 1, math.ceil(max(y for _, y in points)))

@@ -158,6 +158,11 @@ class RouterFile:
         """The threshold that the router was trained for."""
         return float(self.about["tau"])
 
+    @property
+    def forecast(self):
+        """The order of the cache's forecast that the router was made for."""
+        return int(self.about.get("forecast", 0))
+
     def schedule(self, tau=None):
         """The hard schedule (T, K), at the router's own tau unless another is given."""
         return threshold(torch.sigmoid(self.logits), self.tau if tau is None else tau)
@@ -215,4 +220,6 @@ def load(path):
             finite = False
         if not finite:
             raise ValueError(f"{path} is not a router file: it does not say its {key}")
+    if about.get("forecast", "0") not in ("0", "1", "2"):
+        raise ValueError(f"{path} is not a router file: its forecast is not 0, 1 or 2")
     return RouterFile(str(path), logits, about)

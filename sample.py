@@ -38,28 +38,34 @@ from samplers import Noise, denoise, make_sampler, walk
 # What to make
 
 
-def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=None, seed=0):
+def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=None, seed=0,
+                    forecast=None):
     """A router file, or a schedule by name, or else the shipped router, at threshold `tau` (None:
-    the router's own) -> schedule (T, K), and words that say where it comes from. `sampler` is its
-    name. Raises ValueError or FileNotFoundError."""
+    the router's own) -> schedule (T, K), the order of the cache's forecast, and words that say
+    where the schedule comes from. `sampler` is its name. Raises ValueError or FileNotFoundError;
+    also if a router is to forecast in another order than it was made for."""
     branches = len(model.network.branches)
     if name and tau is not None:
         raise ValueError("--tau is the threshold of a router; a --schedule has none")
     if name:
-        return router.named(name, steps, branches, seed), f"schedule {name}"
+        words = f"schedule {name}" + (f", forecast of order {forecast}" if forecast else "")
+        return router.named(name, steps, branches, seed), forecast or 0, words
     if path is None:
         # The shipped router was trained for the model's own sampler and T, and is for no others.
         if (sampler, steps) != (model.sampler, model.steps) or model.router is None:
             words = f"no router is shipped for {model.name} with {sampler}, T = {steps}: no cache"
-            return router.none(steps, branches), words
+            return router.none(steps, branches), 0, words
         path = model.router
     file = router.load(path)
     file.check(model.name, sampler, steps, branches)
+    if forecast not in (None, file.forecast):
+        raise ValueError(f"{path} was made for --forecast {file.forecast}, not {forecast}")
     tau = file.tau if tau is None else tau
     words = f"router {path}, tau {tau:g}"
+    words += f", forecast of order {file.forecast}" if file.forecast else ""
     if float(file.about["guidance"]) != guidance:
         words += f", trained at guidance {file.about['guidance']}"
-    return file.schedule(tau), words
+    return file.schedule(tau), file.forecast, words
 
 
 def choose_labels(text, classes, count, seed):
@@ -286,6 +292,7 @@ def read_flags():
     which.add_argument("--router", type=Path, help="router file (default: the shipped one)")
     which.add_argument("--schedule", help="none, fora:N, fora-paper:N or random:CUR")
     parser.add_argument("--tau", type=command.finite, help="threshold, if not the router's own")
+    command.add_forecast_flag(parser)
     parser.add_argument("--labels", help="like 3,1,4, repeated; random; default: each in turn")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
@@ -354,8 +361,8 @@ def main():
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
     sampler = make_sampler(name, steps)
-    schedule, source = choose_schedule(model, name, steps, guidance, args.router, args.schedule,
-                                       args.tau, args.seed)
+    schedule, order, source = choose_schedule(model, name, steps, guidance, args.router,
+                                              args.schedule, args.tau, args.seed, args.forecast)
     items = choose_items(model, args.labels, read_prompts(args.prompt, args.prompts),
                          args.num_samples, args.seed)
     settings = {
@@ -364,6 +371,8 @@ def main():
         "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
         "contents": model.fingerprint(),  # a file may be replaced under the same name
     }
+    if order:
+        settings["forecast"] = order
     if model.text == "t5":
         settings["clean_captions"] = model.clean
     first = 0 if out.suffix else continue_folder(out, settings, items)
@@ -378,7 +387,7 @@ def main():
 
     # One batch made twice is enough for time and error. Without reuse there is nothing to compare.
     twice = math.inf if args.compare else 0 if schedule.all() else 1
-    cache = Cache(schedule) if twice else None
+    cache = Cache(schedule, order) if twice else None
     batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache, first,
                        twice)
     write_all(batches, out, decode, items, settings, model, steps, cache, args.compare)

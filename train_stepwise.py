@@ -10,6 +10,7 @@ From noise x_T and random labels or prompts, at each step i, with the network fr
     student     prediction with the soft cache: branch outputs r new + (1 - r) kept
     IEPO        L = lambda(i) MSE(student, teacher) + beta sum_k r[i, k]   (the paper's objective)
     LTC         L =           MSE(student, teacher) + beta sum_k r[i, k]   (Learning-to-Cache's)
+    sensitivity as IEPO, with lambda(i) / MSE(i) for lambda(i)             (ours, see proxy.py)
     update      one AdamW step on row i of the router and on nothing else
     next x      the sampler's step from the student's own prediction
 
@@ -82,10 +83,11 @@ def chunks_of(model, sampler, seed, numbers, micro_batch, purpose, prompts=None)
     return chunks
 
 
-def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta):
+def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta, order=0):
     """One trajectory of the paper's algorithm 1: T iterations, T - 1 updates, one a row.
 
-    `lambda_` (T,) weights each step's error; with ones the objective is LTC's.
+    `lambda_` (T,) weights each step's error; with ones the objective is LTC's. `order` is that of
+    the cache's forecast.
     -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
     Raises ValueError, before the update, if a loss is not finite.
     """
@@ -93,7 +95,7 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
     losses, errors = [0.0], [0.0]
 
     for chunk in chunks:  # step 0 computes everything and fills the cache: nothing to learn yet
-        chunk.cache = SoftCache(router.scores, tau)
+        chunk.cache = SoftCache(router.scores, tau, order)
         with torch.no_grad():
             chunk.advance(0, chunk.predict(network, 0, guidance, chunk.cache))
 
@@ -123,16 +125,15 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
     return losses, errors
 
 
-def measure_lambda(model, router, chunks, guidance, tau, variant):
-    """The image error proxy of a batch in chunks: -> list of T floats."""
+def measure_weights(model, router, chunks, guidance, tau, variant, objective="iepo", order=0):
+    """The objective's weight of each step's error, from a batch in chunks: -> list of T floats."""
     scores = torch.sigmoid(router.logits())
-    total = 0
+    lambda_ = mse = 0
     for chunk in chunks:
-        total = total + chunk.share * proxy.image_error(
-            model.network, chunk.sampler, chunk.x, chunk.condition, guidance, scores, tau,
-            chunk.noise, variant,
-        )
-    return total.tolist()
+        part = proxy.measure(model.network, chunk.sampler, chunk.x, chunk.condition, guidance,
+                             scores, tau, chunk.noise, variant, order)
+        lambda_, mse = lambda_ + chunk.share * part[0], mse + chunk.share * part[1]
+    return (lambda_ if objective == "iepo" else proxy.sensitivity(lambda_, mse)).tolist()
 
 
 def train(model, settings, out, resume=False, prompts=None):
@@ -140,17 +141,18 @@ def train(model, settings, out, resume=False, prompts=None):
     -> a dict of results."""
     sampler = make_sampler(settings["sampler"], settings["steps"])
     guidance, tau, B = settings["guidance"], settings["tau"], settings["batch_size"]
+    objective, order = settings["objective"], settings["forecast"]
     every = math.ceil(settings["lambda_every"] / settings["steps"])  # in trajectories
     router = training.first_router(model, settings)
     run = training.Run(model, sampler, router, settings, out, resume, data=prompts or ())
     for n in run:
         draw = partial(chunks_of, model, sampler, settings["seed"], range(n * B, (n + 1) * B),
                        settings["micro_batch"], prompts=prompts)
-        if settings["objective"] == "iepo" and n % every == 0:
-            run.measured(measure_lambda(model, router, draw(PROXY), guidance, tau,
-                                        settings["proxy"]))
+        if objective != "ltc" and n % every == 0:
+            run.measured(measure_weights(model, router, draw(PROXY), guidance, tau,
+                                         settings["proxy"], objective, order))
         run.record(*train_trajectory(model, router, run.optimizer, draw(TRAINING), run.lambda_,
-                                     guidance, tau, run.beta))
+                                     guidance, tau, run.beta, order))
     return run.finish()
 
 
@@ -160,11 +162,12 @@ def train(model, settings, out, resume=False, prompts=None):
 # For T = 20, found by measurement. A logit moves at most lr per update of its row, so a short run
 # needs a high rate. Without lambda the error has another scale: there is a beta for each objective.
 SMALL = dict(lr=0.1, iterations=2000, lambda_every=400, batch_size=8)
-BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4), "emoji": dict(iepo=1e-7, ltc=1e-4)}
+BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4, sensitivity=1e-5),
+         "emoji": dict(iepo=1e-7, ltc=1e-4, sensitivity=1e-5)}
 # Published for DiT-XL/2 (64 rows a batch, counting both guidance halves). The other official models
 # start from the same: the paper gives none for PixArt. LTC's beta is Learning-to-Cache's own.
 PUBLISHED = dict(lr=0.01, iterations=20000, lambda_every=500, batch_size=32, micro_batch=8)
-PUBLISHED_BETAS = dict(iepo=4e-8, ltc=5e-6)
+PUBLISHED_BETAS = dict(iepo=4e-8, ltc=5e-6, sensitivity=None)
 
 
 def defaults_of(name, objective, steps):
@@ -183,8 +186,10 @@ def read_flags():
     command.add_model_flags(parser)
     training.add_flags(parser, "runs/MODEL")
     training.add_start_flag(parser)
-    parser.add_argument("--objective", choices=["iepo", "ltc"], default="iepo",
-                        help="iepo weights each step's error by lambda, ltc does not (iepo)")
+    parser.add_argument("--objective", choices=["iepo", "sensitivity", "ltc"], default="iepo",
+                        help="iepo weights each step's error by lambda, sensitivity by lambda / "
+                             "MSE, ltc does not (iepo)")
+    command.add_forecast_flag(parser, default=0)
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda, or the official code's (leave-one-out)")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")

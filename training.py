@@ -33,7 +33,7 @@ import router as routers
 VERSION = 1  # of what a state holds and of what it leads to: a state of another one is refused
 OF_THE_MACHINE = ("out", "resume", "device", "vae")  # flags that do not change the router
 # None or False in some trainings; then a router file does not mention them
-OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every", "raw_captions")
+OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every", "raw_captions", "forecast")
 
 
 def for_steps(defaults, steps):
@@ -66,6 +66,9 @@ def check(settings):
     """Raises ValueError for a number out of range."""
     if not 0 < settings["tau"] < 1:
         raise ValueError(f"--tau must be between 0 and 1, not {settings['tau']}")
+    if settings["beta"] is None:
+        raise ValueError("no --beta is known for this model and --objective: name one, with "
+                         "--target-cur to find the right one from there")
     if settings["beta"] < 0:
         raise ValueError(f"--beta must be 0 or more, not {settings['beta']}")
     if settings["lr"] <= 0:
@@ -203,7 +206,7 @@ class Run:
         return self.search.beta
 
     def measured(self, lambda_):
-        """Takes a lambda, list of T, that was measured anew."""
+        """Takes the weights of the steps' errors, list of T, that were measured anew."""
         self.lambda_ = lambda_
         self.news = {"lambda": lambda_}
 
@@ -315,8 +318,9 @@ class Run:
         picture = pictures.heat_map(torch.sigmoid(logits), settings["tau"], timesteps,
                                     self.model.network.branches)
         command.save_image(self.out / "router.png", picture)
-        if settings["objective"] == "iepo":
-            picture = pictures.lambda_curve(self.lambda_, timesteps)
+        if settings["objective"] in ("iepo", "sensitivity"):
+            weight = "lambda" if settings["objective"] == "iepo" else "lambda / MSE"
+            picture = pictures.lambda_curve(self.lambda_, timesteps, weight)
             command.save_image(self.out / "lambda.png", picture)
 
 

@@ -30,7 +30,7 @@ import router as routers
 import training
 from experiments.benchmark import SavedBytes
 from samplers import denoise, make_sampler
-from train_stepwise import PROXY, TRAINING, chunks_of, measure_lambda, train_trajectory
+from train_stepwise import PROXY, TRAINING, chunks_of, measure_weights, train_trajectory
 
 DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # at T = 20 a CUR of 45 %
 
@@ -129,7 +129,7 @@ def cost(model, settings, rounds=3):
         train_direct_trajectory(model, router, optimizer, chunks(TRAINING), guidance, tau, 1e-7)
 
     def proxy():
-        measure_lambda(model, router, chunks(PROXY), guidance, tau, "leave-one-out")
+        measure_weights(model, router, chunks(PROXY), guidance, tau, "leave-one-out")
 
     seconds = {"stepwise": [], "direct": [], "proxy": []}
     for _ in range(rounds):

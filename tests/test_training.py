@@ -90,6 +90,7 @@ def tiny_settings(**changes):
         model="tiny", weights=None, steps=4, sampler="ddim", guidance=SCALE, seed=0, dtype=None,
         beta=1e-3, objective="iepo", proxy="leave-one-out", tau=TAU, lr=0.2, iterations=24,
         lambda_every=8, batch_size=2, micro_batch=2, target_cur=None, start=None,
+        forecast=0,
     )
     return {**settings, **changes}
 
@@ -151,7 +152,7 @@ def test_a_run_is_its_trajectories(tiny_run):
             for purpose in (1, 2)
         )
         if n % 2 == 0:  # every 8 iterations
-            lambda_ = train_stepwise.measure_lambda(
+            lambda_ = train_stepwise.measure_weights(
                 model, router, measuring, SCALE, TAU, "leave-one-out"
             )
         train_stepwise.train_trajectory(
