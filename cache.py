@@ -27,16 +27,15 @@ import math
 
 import torch
 
-ORDERS = (0, 1, 2)
-
 
 def forecast(entries, i):
     """The polynomial through the entries, a tuple, at step i. One entry is repeated as it is."""
-    (first, total), *others = entries
     steps = [s for s, _ in entries]
-    for s, output in others:  # Lagrange's form, with weights that add up to 1
+    (_, oldest), *newer = entries
+    total = oldest
+    for s, output in newer:  # Lagrange's form; the weights, with the oldest's, add up to 1
         weight = math.prod((i - other) / (s - other) for other in steps if other != s)
-        total = torch.add(total, output - entries[0][1], alpha=weight)
+        total = torch.add(total, output - oldest, alpha=weight)
     return total
 
 
@@ -56,7 +55,7 @@ class Cache:
             len(schedule) and schedule[0].all()
         ):
             raise ValueError("a schedule is a bool tensor (T, K) whose first row is all True")
-        if order not in ORDERS:
+        if order not in (0, 1, 2):
             raise ValueError(f"the order of a forecast is 0, 1 or 2, not {order}")
         T, K = schedule.shape
         self.schedule, self.order = schedule.tolist(), order

@@ -318,8 +318,8 @@ def score_colour(score):
 
 
 def lambda_curve(values, timesteps, weight="lambda"):
-    """Draws lambda(i), or another `weight` of the steps' errors, over the executed steps, on a logarithmic axis. values (T,); zeros are left
-    out. -> a Pillow image."""
+    """Draws lambda(i), or another `weight` of the steps' errors, over the executed steps, on a
+    logarithmic axis. values (T,); zeros are left out. -> a Pillow image."""
     width, height, left, right, top, bottom = 760, 420, 84, 24, 44, 76
     image = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import proxy
-from samplers import DDIM, Noise, make_sampler, split
+from cache import Cache, SoftCache
+from samplers import DDIM, Noise, denoise, guided, make_sampler, split
 from tests.small import tiny_dit
 
 SEEDS = (0, 1, 2)
@@ -149,3 +150,62 @@ def test_an_unknown_variant_is_refused():
     network, x, condition, scores, noise = case(0)
     with pytest.raises(ValueError, match="unknown proxy everything"):
         measure(network, DDIM(T), x, condition, scores, noise, "everything")
+
+
+# ------------------------------------------------------------------------------------------------
+# The sensitivity
+
+
+def one_step_errors(network, sampler, x, condition, scores, noise):
+    """MSE(i) by its definition: at the student's own x, its prediction beside one without a
+    cache."""
+    cache, errors, sampler = SoftCache(scores.__getitem__, TAU), [], copy.copy(sampler)
+    for i, t in enumerate(sampler.timesteps):
+        student, teacher = (
+            guided(network, x, t, condition, SCALE, each, sampler.guidance_channels)
+            for each in (cache.start(i), None)
+        )
+        errors.append((student.double() - teacher.double()).square().mean().item())
+        x = sampler.step(student, i, x, noise)
+    return errors
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_steps_errors_are_those_of_student_against_teacher(sampler, variant):
+    network, x, condition, scores, noise = case(0)
+    with torch.no_grad():
+        expected = one_step_errors(network, SAMPLERS[sampler](), x, condition, scores, noise)
+    _, mse = proxy.measure(network, SAMPLERS[sampler](), x, condition, SCALE, scores, TAU, noise,
+                           variant)
+    assert expected[0] == mse[0] == 0
+    assert mse[1:].tolist() == pytest.approx(expected[1:], rel=1e-6)
+
+
+def test_the_sensitivity_of_a_step_that_only_adds_its_error_is_a_constant():
+    """Where the image is the sum of what the steps predict, a step's squared error is the image's:
+    lambda / MSE is 1 over all steps, however large the errors. And 0 / 0 counts as 0."""
+    mse = torch.tensor([0.0, 1e-6, 3.0, 0.0], dtype=torch.float64)
+    assert proxy.sensitivity(mse, mse).tolist() == [0, 1, 1, 0]
+    assert proxy.sensitivity(2 * mse, mse).tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("order", (1, 2))
+def test_the_proxy_forecasts_as_sampling_does(order):
+    """Scores of 0 and 1 make the soft cache a hard one: lambda(i) is then the error of the image
+    beside that of the schedule with row i computed."""
+    network, x, condition, _, noise = case(0)
+    generator = torch.Generator().manual_seed(1)
+    schedule = torch.rand(T, len(network.branches), generator=generator) < 0.5
+    schedule[0] = True
+
+    def x0(schedule):
+        return denoise(network, SAMPLERS["ddim"](), x, condition, SCALE, Cache(schedule, order))
+
+    lambda_, _ = proxy.measure(network, SAMPLERS["ddim"](), x, condition, SCALE, schedule.float(),
+                               TAU, noise, order=order)
+    for i in range(1, T):
+        masked = schedule.clone()
+        masked[i] = True
+        expected = (x0(schedule) - x0(masked)).double().square().mean().item()
+        assert lambda_[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-12)

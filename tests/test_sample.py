@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import io
+import math
 import re
 import sys
 
@@ -381,14 +382,14 @@ def images_in(path):
     return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])
 
 
-def one_by_one(network, schedule, labels=(0, 1, 2), seed=0, guidance=1.5, sampler="ddim"):
+def one_by_one(network, schedule, labels=(0, 1, 2), seed=0, guidance=1.5, sampler="ddim", order=0):
     """The images that the command has to make, each as a batch of its own: x_0 (N, 1, 28, 28)."""
     made = []
     for j, label in enumerate(labels):
         noise = samplers.Noise(seed, [j])
         made.append(samplers.denoise(
             network, samplers.make_sampler(sampler, len(schedule)), noise.start((1, 28, 28)),
-            network.condition([label]), guidance, Cache(schedule), noise,
+            network.condition([label]), guidance, Cache(schedule, order), noise,
         ))
     return torch.cat(made)
 
@@ -551,6 +552,36 @@ def test_a_router_trained_at_another_guidance_is_used_but_told(run, tmp_path):
     save_router(tmp_path / "r.safetensors", guidance=1.5)
     assert "trained at" not in run("--router", "r.safetensors")
     assert "trained at guidance 1.5" in run("--router", "r.safetensors", "--guidance", "4")
+
+
+@pytest.mark.parametrize("order", (1, 2))
+def test_a_branch_is_forecast_as_the_flag_or_the_router_says(run, network, tmp_path, order):
+    """`--forecast` is for schedules. A router brings the order that it was made for."""
+    schedule = save_router(tmp_path / "r.safetensors", forecast=order) > math.log(0.3 / 0.7)
+    schedule[0] = True
+    plain = pictures.to_pixels(one_by_one(network, RANDOM))
+    for flags, schedule in ((("--schedule", "random:0.4", "--forecast", order), RANDOM),
+                            (("--router", "r.safetensors"), schedule),
+                            (("--router", "r.safetensors", "--forecast", order), schedule)):
+        out = run(*flags, "--out", "x.npz")
+        assert f", forecast of order {order}, CUR" in out
+        made = images_in(tmp_path / "x.npz")
+        expected = one_by_one(network, schedule, order=order)
+        assert_same_pictures(made, pictures.to_pixels(expected))
+        assert not np.array_equal(made, plain)
+
+
+def test_a_router_for_another_forecast_is_refused(refused, tmp_path):
+    save_router(tmp_path / "plain.safetensors")
+    save_router(tmp_path / "line.safetensors", forecast=1)
+    save_router(tmp_path / "odd.safetensors", forecast=3)
+    for name, order, words in (("plain", 1, "plain.safetensors was made for --forecast 0, not 1"),
+                               ("line", 0, "line.safetensors was made for --forecast 1, not 0"),
+                               ("line", 2, "line.safetensors was made for --forecast 1, not 2"),
+                               ("odd", 1, "odd.safetensors is not a router file: its forecast")):
+        error = refused("--router", f"{name}.safetensors", "--forecast", order)
+        assert_one_line(error)
+        assert words in error
 
 
 def test_the_shipped_router_is_used_at_the_models_own_settings_only(

@@ -39,7 +39,7 @@ def test_the_method_is_read_in_one_sitting():
 def test_the_proxy_needs_little_beside_it():
     files = imported(ROOT / "proxy.py")
     assert {path.name for path in files} == {"proxy.py", "cache.py", "samplers.py"}
-    assert sum(lines(path) for path in files) < 600
+    assert sum(lines(path) for path in files - {ROOT / "proxy.py"}) < 600
 
 
 def test_networks_cache_and_proxy_import_no_command():
