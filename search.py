@@ -40,155 +40,15 @@ from tqdm import tqdm
 import command
 import models
 import router as routers
+from budget import by_branches, by_steps, even, extended, make_budget
 from cache import ORDERS, Cache, forecast
 from samplers import Noise, denoise, guided, make_sampler, split, walk
 
 SEARCH, HELD_OUT = 3, 4  # the purposes of their noise
-LONGEST = 5  # steps: costs of reusing older outputs are extrapolated, not measured
 FEW = 4  # costs are measured on one of so many images
+TAU = 0.1  # any threshold would do: logits are 5 or -5
+MOST_IMAGES = 100_000
 VERSION = 1  # of what a state holds
-
-# ------------------------------------------------------------------------------------------------
-# The budget
-
-
-@dataclasses.dataclass
-class Budget:
-    """What a schedule may compute: branch k at one step weighs weights[k], and all that is computed
-    weighs `spend`, give or take `slack`. With --speedup a weight is FLOP; with --cur it is 1."""
-
-    weights: list
-    spend: float
-    slack: float
-
-    @property
-    def rows(self):
-        """The budget in whole steps."""
-        return self.spend / sum(self.weights) + 1e-9
-
-    def spent(self, schedule):
-        """The weight of all that a schedule (T, K) computes."""
-        return sum(n * w for n, w in zip(schedule.sum(0).tolist(), self.weights, strict=True))
-
-    def check(self, schedule):
-        """-> the schedule. Raises ValueError if it is further from the budget than twice the
-        slack, that is 1 % of the arithmetic, or a point of CUR."""
-        if abs(self.spent(schedule) - self.spend) > 2 * self.slack:
-            raise ValueError("no schedule of so few steps and branches comes close to this budget: "
-                             "use more --steps, or ask for another one")
-        return schedule
-
-
-def make_budget(model, steps, speedup=None, cur=None):
-    """The budget of a speed-up by arithmetic, or of a CUR.
-    Raises ValueError for one that cannot be reached: step 0 always computes."""
-    branches, other = model.network.flops(*(model.size or ()))
-    if cur is not None:
-        K, most = len(branches), (steps - 1) / steps
-        if not 0 < cur <= most:
-            raise ValueError(f"--cur must be above 0 and at most {most:.3f}, not {cur:g}: step 0 "
-                             "always computes")
-        return Budget([1] * K, (1 - cur) * steps * K, 0.005 * steps * K)
-    everything = steps * (sum(branches) + other)
-    most = everything / (sum(branches) + steps * other)
-    if not 1 < speedup <= most:
-        raise ValueError(f"--speedup must be above 1 and at most {most:.2f} at T = {steps}, not "
-                         f"{speedup:g}: step 0 always computes")
-    total = everything / speedup
-    return Budget([int(f) for f in branches], total - steps * other, 0.005 * total)
-
-
-def fill(T, steps, partial, budget):
-    """`steps` compute everything, step `partial` as much as is left of the budget, its first
-    branches first because they feed the later ones: -> schedule (T, K)."""
-    schedule = torch.zeros(T, len(budget.weights), dtype=torch.bool)
-    schedule[steps] = True
-    left = budget.spend - budget.spent(schedule)
-    for k, weight in enumerate(budget.weights):
-        if partial is not None and left >= weight / 2:
-            schedule[partial, k] = True
-            left -= weight
-    return schedule
-
-
-# ------------------------------------------------------------------------------------------------
-# Even spacing, and the dynamic programs
-
-
-def even(T, budget):
-    """Every T / rows-th step computes, rounded; the last of them as much as the budget has left."""
-    places = [round(m * T / budget.rows) for m in range(math.ceil(budget.rows))]
-    whole = int(budget.rows)
-    return fill(T, places[:whole], places[whole] if places[whole:] else None, budget)
-
-
-def paths(cost):
-    """The cheapest ways from step 0 to the end. cost[j][i], j < i <= T: the error of all steps
-    between j and i, if j computes and i is the next that does (i = T: none does).
-
-    -> T pairs (cost, computed steps), one for each number of computed steps n = 1 ... T.
-    """
-    T = len(cost)
-    ways = {0: (0.0, [0])}  # i: the cheapest way to i, if i is the last of n computed steps
-    found = []
-    for _ in range(T):
-        found.append(min((c + cost[j][T], way) for j, (c, way) in ways.items()))
-        ways = {i: min((c + cost[j][i], [*way, i]) for j, (c, way) in ways.items() if j < i)
-                for i in range(min(ways) + 1, T)}
-    return found
-
-
-def by_steps(T, cost, budget):
-    """Whole steps on the cheapest path; what is left of the budget goes where a whole step would
-    help most."""
-    steps = paths(cost)[int(budget.rows) - 1][1]
-    free = sorted(set(range(T)) - set(steps))
-
-    def with_one_more(i):
-        way = sorted([*steps, i, T])
-        return sum(cost[a][b] for a, b in zip(way, way[1:], strict=False))
-
-    return fill(T, steps, min(free, key=with_one_more, default=None), budget)
-
-
-def by_branches(T, costs, budget):
-    """Each branch k on a cheapest path through its own costs[k]; the knapsack says how long."""
-    ways = [paths(cost) for cost in costs]
-    counts = knapsack([[c for c, _ in way] for way in ways], budget)
-    schedule = torch.zeros(T, len(costs), dtype=torch.bool)
-    for k, n in enumerate(counts):
-        schedule[ways[k][n - 1][1], k] = True
-    return schedule
-
-
-def knapsack(costs, budget):
-    """costs[k][n - 1]: the cost of branch k when it computes n times. -> K counts n that spend the
-    budget, within its slack or else as near as possible, at the smallest sum of costs."""
-    T, heaviest = len(costs[0]), max(budget.weights)
-    # In whole units a total is an index. Above 200,000 of them weights would be rounded.
-    most = budget.spend + budget.slack + heaviest
-    unit = max(math.gcd(*budget.weights), most / 200_000)
-    weights = [round(w / unit) for w in budget.weights]
-    size = math.ceil(most / unit) + 1
-    best = torch.full((size,), math.inf, dtype=torch.float64)  # best[total] of the branches so far
-    best[0] = 0
-    chosen = []
-    for cost, weight in zip(costs, weights, strict=True):
-        options = torch.full((T, size), math.inf, dtype=torch.float64)
-        for n in range(1, T + 1):
-            if n * weight < size:
-                options[n - 1, n * weight :] = best[: size - n * weight] + cost[n - 1]
-        best, n = options.min(0)
-        chosen.append(n + 1)
-    distance = (torch.arange(size) - budget.spend / unit).abs()
-    allowed = distance <= max(budget.slack / unit, distance[best.isfinite()].min().item())
-    total = torch.where(allowed, best, math.inf).argmin().item()
-    counts = []
-    for weight, n in zip(reversed(weights), reversed(chosen), strict=True):
-        counts.append(n[total].item())
-        total -= counts[-1] * weight
-    return counts[::-1]
-
 
 # ------------------------------------------------------------------------------------------------
 # Measuring
@@ -222,12 +82,8 @@ class Log:
 class Batch:
     """B images and how they come about: noise, items, and x_0 without a cache."""
 
-    def __init__(self, model, sampler, guidance, seed, count, purpose):
-        self.model, self.sampler, self.guidance = model, sampler, guidance
-        self.noise = Noise(seed, range(count), purpose)
-        choices = model.prompts() or range(model.network.num_classes)
-        items = [choices[n] for n in self.noise.labels(len(choices)).tolist()]
-        model.prepare(items, model.device)
+    def __init__(self, model, sampler, guidance, noise, items):
+        self.model, self.sampler, self.guidance, self.noise = model, sampler, guidance, noise
         self.condition = model.condition(items)
         self.x = self.noise.start(model.shape, model.device)
         self.full = self.denoise()
@@ -248,6 +104,12 @@ class Batch:
     def error(self, schedule, order):
         """The mean squared error of the images under a schedule."""
         return squared_error(self.denoise(Cache(schedule, order)), self.full)
+
+
+def choose_items(model, noise):
+    """A random label or prompt for each image of the noise: a list."""
+    choices = model.prompts() or range(model.network.num_classes)
+    return [choices[n] for n in noise.labels(len(choices)).tolist()]
 
 
 def squared_error(a, b):
@@ -299,41 +161,29 @@ class Uncached:
         prediction = self.batch.predict(self.x[i], i, Replay(outputs))
         return squared_error(split(prediction, self.x[i])[0], self.predictions[i])
 
-    def step_costs(self, j, order, sensitivity):
+    def step_costs(self, j, order, sensitivity, longest=5):
         """If step j and the one `gap` steps later compute: the cost of the steps between them, for
-        gap = 1 ... The steps before j are taken to compute at the same distance."""
+        gap = 1 ... longest + 1. The steps before j are taken to compute at the same distance."""
         costs = []
-        for gap in range(1, min(LONGEST + 1, self.T - j) + 1):
+        for gap in range(1, min(longest + 1, self.T - j) + 1):
             computed = [s for s in range(j - order * gap, j + 1, gap) if s >= 0]
-            cost = 0.0
+            root = 0.0
             for i in range(j + 1, j + gap):
                 outputs = {k: forecast([(s, self.outputs[s][k]) for s in computed], i)
                            for k in self.outputs[j]}
-                cost += sensitivity[i] * self.prediction_error(i, outputs)
-            costs.append(cost)
+                root += math.sqrt(sensitivity[i] * self.prediction_error(i, outputs))
+            costs.append(root**2)
         return costs
 
-    def branch_costs(self, j, k, sensitivity):
+    def branch_costs(self, j, k, sensitivity, longest=3):
         """The same for branch k alone, which repeats its output of step j."""
-        costs = [0.0]
-        for i in range(j + 1, min(j + LONGEST + 1, self.T)):
+        roots = [0.0]
+        for i in range(j + 1, min(j + longest + 1, self.T)):
             # Branches before k are as they are without a cache; those after it feel the change.
             outputs = {before: self.outputs[i][before] for before in range(k)}
             outputs[k] = self.outputs[j][k]
-            costs.append(costs[-1] + sensitivity[i] * self.prediction_error(i, outputs))
-        return costs
-
-
-def table(measured):
-    """measured[j]: costs for gap = 1, 2, ..., as above -> cost[j][i] for all j < i <= T. The cost
-    of longer gaps is extrapolated: an error grows with the gap, its square summed as gap^3."""
-    T = len(measured)
-    cost = [[math.inf] * (T + 1) for _ in range(T)]
-    for j, known in enumerate(measured):
-        for i in range(j + 1, T + 1):
-            gap = min(i - j, len(known))
-            cost[j][i] = known[gap - 1] * ((i - j) / gap) ** 3
-    return cost
+            roots.append(roots[-1] + math.sqrt(sensitivity[i] * self.prediction_error(i, outputs)))
+        return [root**2 for root in roots]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -425,3 +275,210 @@ def entry_exchanges(T, weights, seed):
     pairs = [(a, b) for a in entries for b in entries if a < b and weights[a[1]] == weights[b[1]]]
     random.Random(seed).shuffle(pairs)
     return pairs
+
+
+# ------------------------------------------------------------------------------------------------
+# The search
+
+
+@dataclasses.dataclass
+class Result:
+    method: str
+    order: int
+    schedule: torch.Tensor  # bool (T, K)
+    error: float
+    held_out: float = math.nan
+
+
+def starts(uncached, budget, orders, log):
+    """The schedules that need no comparing of images: yields method, order and schedule."""
+    T, B, K = uncached.T, len(uncached.batch.x), len(budget.weights)
+    sensitivity = [0.0] + [log(B * (T - i), lambda i=i: uncached.sensitivity(i))
+                           for i in range(1, T)]
+    for order in orders:
+        yield "even", order, even(T, budget)
+        measured = [log(0, lambda j=j, order=order: uncached.step_costs(j, order, sensitivity))
+                    for j in range(T)]
+        yield "steps", order, by_steps(T, extended(measured), budget)
+    if 0 in orders:  # a branch's cost with a forecast would depend on all the others
+        measured = [log(B * 3 * K / 2, lambda j=j: [uncached.branch_costs(j, k, sensitivity)
+                                                    for k in range(K)]) for j in range(T)]
+        costs = [extended([row[k] for row in measured]) for k in range(K)]
+        yield "branches", 0, by_branches(T, costs, budget)
+
+
+def search(batch, few, held_out, budget, orders, tries, seed, log):
+    """All methods in turn. `few` is the batch that costs are measured on. -> a list of Results, the
+    best one last."""
+    T = len(batch.sampler.timesteps)
+
+    def measured(which, schedule, order):
+        work = len(batch.x) * T * schedule.float().mean().item()
+        return log(work, lambda: which.error(schedule, order))
+
+    results = []
+    for method, order, schedule in starts(Uncached(few), budget, orders, log):
+        error = measured(batch, budget.check(schedule), order)
+        results.append(Result(method, order, schedule, error))
+    best = min(results, key=lambda result: result.error)
+    climber = Climber(batch, best.order, log, best.schedule)
+    for what, pairs in (("steps", step_exchanges(T, seed)),
+                        ("entries", entry_exchanges(T, budget.weights, seed))):
+        climber.climb(pairs, tries)
+        results.append(Result(f"local, {what}", best.order, climber.schedule, climber.error))
+    for result in results:
+        result.held_out = measured(held_out, result.schedule, result.order)
+    return results
+
+
+def evaluations(T, K, images, few, tries, budget, orders):
+    """About how many evaluations of the network for one image a search takes: before its log
+    begins, and in all. Reused branches count nothing."""
+    before = 2 * images * T + 2 * few * T
+    costs = few * T * (T - 1) / 2 + (few * 3 * K / 2 * T if 0 in orders else 0)
+    schedules = 2 * len(orders) + (0 in orders)
+    walks = 2 * schedules + 3  # on both batches; the local search adds one and two
+    # An exchange is evaluated from its first step on, about half of a walk.
+    return before, before + costs + images * budget.rows * (walks + tries)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+def read_flags():
+    parser = command.Parser(__doc__)
+    command.add_model_flags(parser)
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--speedup", type=command.finite, help="by arithmetic (default: 2)")
+    asked.add_argument("--cur", type=command.finite,
+                       help="a CUR instead, as a share: 0.5 reuses half of all branch outputs")
+    parser.add_argument("--forecast", type=int, choices=ORDERS,
+                        help="the order of the forecast (default: all are tried)")
+    parser.add_argument("--images", type=int,
+                        help="images to search on, and as many held out (24; official models: 8)")
+    parser.add_argument("--tries", type=int, default=40,
+                        help="exchanges of steps that the local search tries, and of entries (40)")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/search-MODEL-2x and such)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the search in --out, if any")
+    args = parser.parse_args()
+    if args.cur is None and args.speedup is None:
+        args.speedup = 2.0
+    if args.speedup is not None and args.speedup <= 1:  # complains before a download
+        raise ValueError(f"--speedup must be above 1, not {args.speedup:g}")
+    if args.cur is not None and not 0 < args.cur < 1:
+        raise ValueError(f"--cur is a share, like 0.5 for 50 %, not {args.cur:g}")
+    if args.images is not None and not 1 <= args.images <= MOST_IMAGES or args.tries < 0:
+        raise ValueError(f"--images must be 1 to {MOST_IMAGES:,}, all at once, --tries 0 or more")
+    return args
+
+
+def settings_of(args, model, device):
+    """All that the result depends on: a dict."""
+    return {
+        "version": VERSION, "model": args.model, "sampler": args.sampler or model.sampler,
+        "steps": model.steps if args.steps is None else args.steps,
+        "guidance": model.guidance if args.guidance is None else args.guidance,
+        "speedup": args.speedup, "cur": args.cur, "forecast": args.forecast, "seed": args.seed,
+        "images": args.images or (8 if model.autoencoder else 24), "tries": args.tries,
+        "dtype": models.dtype_name(args.dtype), "device": str(device),
+        "contents": model.fingerprint(),
+    }
+
+
+def find_values(path, settings, resume):
+    """The numbers that an interrupted search has measured, or none if there is no such search.
+    Raises ValueError if it is not to be resumed, or is another one, or its file is damaged."""
+    command.check_writable(path)
+    if not path.exists():
+        return []
+    if not resume:
+        raise ValueError(f"{path.parent} holds a search: --resume goes on with it, or choose "
+                         "another --out")
+    state = command.load_state(path)
+    if not isinstance(state, dict) or not isinstance(state.get("values"), list):
+        raise ValueError(f"{path} is not a state of a search: choose another --out")
+    if repr(state.get("about")) != repr(settings):
+        raise ValueError(f"{path.parent} holds a search with other settings: choose another --out")
+    return state["values"]
+
+
+def write(path, result, settings, budget_of):
+    """The router file of a result. Logits of 5 compute, logits of -5 reuse."""
+    speedup, cur = budget_of
+    logits = torch.where(result.schedule, routers.LIMIT, -routers.LIMIT)
+    about = {key: settings[key] for key in ("model", "sampler", "steps", "guidance", "seed",
+                                            "images", "tries")}
+    routers.save(path, logits, **about, tau=TAU, objective="search", method=result.method,
+                 forecast=result.order, error=result.error, held_out_error=result.held_out,
+                 speedup=f"{speedup:.4f}", cur=f"{cur:.4f}")
+
+
+def reached(model, schedule):
+    """The speed-up by arithmetic and the CUR of a schedule."""
+    T, reused = len(schedule), (~schedule).sum(0).tolist()
+    return model.flops(T) / model.flops(T, reused), routers.cur(schedule)
+
+
+def report(model, results):
+    """Prints what was measured, the errors in thousandths."""
+    print("method          forecast  speed-up     CUR  error x 1000  held out x 1000")
+    for result in results:
+        speedup, cur = reached(model, result.schedule)
+        print(f"{result.method:15} {result.order:8}  {speedup:6.2f} x  {100 * cur:4.1f} %  "
+              f"{1e3 * result.error:12.4g}  {1e3 * result.held_out:15.4g}")
+
+
+def run(model, sampler, settings, budget, noises, items, out, values):
+    """Searches, and writes the best schedule. -> the Results."""
+    T, orders = settings["steps"], ORDERS if settings["forecast"] is None else (
+        settings["forecast"],)
+    few = max(1, settings["images"] // FEW)
+    before, total = evaluations(T, len(budget.weights), settings["images"], few, settings["tries"],
+                                budget, orders)
+    print(f"2 x {settings['images']} images, about {total:,.0f} evaluations of the network for one "
+          "image", flush=True)
+    first, held_out = (Batch(model, sampler, settings["guidance"], *pair)
+                       for pair in zip(noises, items, strict=True))
+    small = Batch(model, sampler, settings["guidance"],
+                  Noise(settings["seed"], range(few), SEARCH), items[0][:few])
+    log = Log(out / "state.pt", settings, values, total - before)
+    results = search(first, small, held_out, budget, orders, settings["tries"], settings["seed"],
+                     log)
+    log.bar.close()
+    write(out / "router.safetensors", results[-1], settings, reached(model, results[-1].schedule))
+    report(model, results)
+    return results
+
+
+def main():
+    args = read_flags()
+    device = models.find_device(args.device)
+    if args.sampler and args.steps:
+        make_sampler(args.sampler, args.steps)  # complains before a download
+    model = models.load(args.model, args.weights, "cpu", args.dtype)
+    models.choose_kernels(model, device)
+    settings = settings_of(args, model, device)
+    sampler = make_sampler(settings["sampler"], settings["steps"])
+    budget = make_budget(model, settings["steps"], args.speedup, args.cur)
+    budget.check(even(settings["steps"], budget))
+    asked = f"{args.speedup:g}x" if args.cur is None else f"cur{args.cur:g}"
+    out = args.out or Path("runs") / f"search-{args.model}-{asked}"
+    for name in ("router.safetensors", "state.pt"):
+        command.check_not_read(out / name, args.weights)
+    with command.locked(out):
+        values = find_values(out / "state.pt", settings, args.resume)
+        noises = [Noise(args.seed, range(settings["images"]), purpose)
+                  for purpose in (SEARCH, HELD_OUT)]
+        items = [choose_items(model, noise) for noise in noises]
+        model.prepare(items[0] + items[1], device)  # the text encoder is gone before the network
+        model.to(device)  # comes
+        print(f"{model.name} on {model.device}: {settings['sampler']}, T = {settings['steps']}, "
+              f"guidance {settings['guidance']:g}, {asked}, seed {args.seed} -> {out}")
+        run(model, sampler, settings, budget, noises, items, out, values)
+    print(f"wrote {out}/router.safetensors")
+
+
+if __name__ == "__main__":
+    command.run(main)
