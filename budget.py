@@ -11,6 +11,7 @@ Notation: T denoising steps, K branches.
 """
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -31,7 +32,7 @@ class Budget:
     @property
     def rows(self):
         """The budget in whole steps."""
-        return self.spend / sum(self.weights) + 1e-9
+        return round(self.spend / sum(self.weights), 9)
 
     def spent(self, schedule):
         """The weight of all that a schedule (T, K) computes."""
@@ -66,15 +67,23 @@ def make_budget(model, steps, speedup=None, cur=None):
 
 
 def fill(T, steps, partial, budget):
-    """`steps` compute everything, step `partial` as much as is left of the budget, its first
-    branches first because they feed the later ones: -> schedule (T, K)."""
+    """`steps` compute everything, step `partial` (None: none) as much as is left of the budget:
+    -> schedule (T, K). Of the branches of equal weight the first compute: they feed the others."""
     schedule = torch.zeros(T, len(budget.weights), dtype=torch.bool)
     schedule[steps] = True
     left = budget.spend - budget.spent(schedule)
-    for k, weight in enumerate(budget.weights):
-        if partial is not None and left >= weight / 2:
-            schedule[partial, k] = True
-            left -= weight
+    if partial is None or left <= 0:
+        return schedule
+    groups = [[k for k, w in enumerate(budget.weights) if w == weight]
+              for weight in sorted(set(budget.weights))]
+
+    def distance(counts):
+        pairs = zip(counts, groups, strict=True)
+        return abs(left - sum(n * budget.weights[group[0]] for n, group in pairs))
+
+    counts = min(itertools.product(*(range(len(group) + 1) for group in groups)), key=distance)
+    for n, group in zip(counts, groups, strict=True):
+        schedule[partial, group[:n]] = True
     return schedule
 
 

@@ -286,11 +286,20 @@ def find_values(path, settings, resume):
         raise ValueError(f"{path.parent} holds a search: --resume goes on with it, or choose "
                          "another --out")
     state = command.load_state(path)
-    if not isinstance(state, dict) or not isinstance(state.get("values"), list):
+    if not isinstance(state, dict) or not is_measured(state.get("values")):
         raise ValueError(f"{path} is not a state of a search: choose another --out")
     if repr(state.get("about")) != repr(settings):
         raise ValueError(f"{path.parent} holds a search with other settings: choose another --out")
     return state["values"]
+
+
+def is_measured(values):
+    """Whether these can be a log's: a list of finite numbers and of lists of them."""
+    try:
+        return isinstance(values, list) and all(
+            torch.tensor(value).isfinite().all() for value in values)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def write(path, result, settings, budget_of):
@@ -361,8 +370,8 @@ def main():
         noises = [Noise(args.seed, range(settings["images"]), purpose)
                   for purpose in (SEARCH, HELD_OUT)]
         items = [choose_items(model, noise) for noise in noises]
-        model.prepare(items[0] + items[1], device)  # the text encoder is gone before the network
-        model.to(device)  # comes
+        model.prepare(items[0] + items[1], device)  # the text encoder is gone again before the
+        model.to(device)                            # network comes
         print(f"{model.name} on {model.device}: {settings['sampler']}, T = {settings['steps']}, "
               f"guidance {settings['guidance']:g}, {asked}, seed {args.seed} -> {out}")
         run(model, sampler, settings, budget, noises, items, out, values)
