@@ -88,7 +88,8 @@ class Noise:
     addressing: (seed, j) is its key and the step a word of its counter. No two draws overlap, and
     there is no state to keep.
 
-    `purpose` keeps apart the noise of images to look at (0), of training (1) and of the proxy (2).
+    `purpose` keeps apart the noise of images to look at (0), of training (1), of the proxy (2), and
+    of a search for a schedule (3) and the images that it holds out (4).
     """
 
     def __init__(self, seed, numbers, purpose=0):
