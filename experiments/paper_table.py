@@ -3,16 +3,20 @@ time beside the others, on the same noise.
 
     python -m experiments.paper_table                              # digits, T = 20
     python -m experiments.paper_table --steps 10 --curs 40
-    python -m experiments.paper_table --model emoji --curs 40
+    python -m experiments.paper_table --model emoji --curs 40 --speedups 1.5,2,2.5,3
     python -m experiments.paper_table --model dit256 --curs 35 --num-samples 50000 \\
         --reference VIRTUAL_imagenet256_labeled.npz --images train
 
 Rows: no cache; fewer steps; FORA, both readings; and for each target CUR a random schedule and the
 routers of Learning-to-Cache (below 50 %, for a model that takes labels), SDT + LTC, HarmoniCa, and
-HarmoniCa with the official code's cumulative proxy. Two methods are not in the paper and come with
---methods only: "HarmoniCa from alternation" starts from that schedule instead of random logits, and
+HarmoniCa with the official code's cumulative proxy. Some methods are not in the paper and come with
+--methods only: "HarmoniCa from alternation" starts from that schedule instead of random logits,
+"sensitivity" weights errors by lambda / MSE, the same with "forecast 1" forecasts as well, and
 "direct" trains on the image error itself. Routers that are not in checkpoints/table are trained
 first, with --target-cur.
+
+For each of the --speedups there are rows of equal arithmetic: fewer steps without a cache, whole
+steps evenly spaced with forecasts of order 0, 1 and 2, and the schedule that search.py finds.
 
 The folder --out gets table.md, table.json, quality.png, and error.png (how far x_t is from the
 uncached trajectory, step by step). Rows that are there already are not made again, so an
@@ -24,7 +28,6 @@ Notation: T denoising steps, K branches, CUR the cache utilisation ratio.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -34,6 +37,7 @@ import sys
 import time
 from pathlib import Path
 
+import budget
 import numpy as np
 import torch
 
@@ -47,6 +51,7 @@ import sample
 import shipped
 from cache import Cache
 from experiments.table_files import is_row, read_json, read_training
+from experiments.table_text import markdown, paper_figures, summary
 from samplers import Noise, make_sampler, walk
 
 ROOT = Path(__file__).parent.parent
@@ -59,9 +64,15 @@ TRAINED = {  # method: the module that trains its routers, and its flags
     "HarmoniCa": ("train_stepwise", []),
     "HarmoniCa, cumulative": ("train_stepwise", ["--proxy", "cumulative"]),
     "HarmoniCa from alternation": ("train_stepwise", ["--start", "fora-paper:2"]),
+    "sensitivity": ("train_stepwise", ["--objective", "sensitivity"]),
+    "sensitivity, forecast 1": ("train_stepwise", [
+        "--objective", "sensitivity", "--forecast", "1", "--start", "fora-paper:2"]),
     "direct": ("experiments.train_direct", []),
 }
-EXTRA = ["HarmoniCa from alternation", "direct"]  # not in the paper: made by --methods only
+EVEN = {"even": 0, "even, forecast 1": 1, "even, forecast 2": 2}  # method: order of the forecast
+AT_SPEEDUPS = ["fewer steps", *EVEN, "searched"]
+# Not in the paper: made by --methods only
+EXTRA = ["HarmoniCa from alternation", "sensitivity", "sensitivity, forecast 1", "direct"]
 USUAL = ["random", *(method for method in TRAINED if method not in EXTRA)]
 MOST_IMAGES, MOST_SEEDS = 1_000_000, 1000
 TIMED = 5  # batches of a row that are timed beside the same without a cache
@@ -74,7 +85,8 @@ FIXED = {"no cache": "none", "fewer steps": "none", "FORA, released code": "fora
 
 @dataclasses.dataclass
 class Row:
-    """One set of images: a method at a target CUR (None: it has its own) from one seed."""
+    """One set of images: a method at a target CUR or a speed-up by arithmetic (both None: it has
+    its own), from one seed."""
 
     model: str
     sampler: str
@@ -82,16 +94,18 @@ class Row:
     method: str
     target: float | None = None
     seed: int = 0
+    speedup: float | None = None
 
     @property
     def name(self):
         words = [self.model, self.sampler, self.steps, self.method]
         words += [] if self.target is None else [f"{100 * self.target:g}", self.seed]
+        words += [] if self.speedup is None else [f"{self.speedup:g}x", self.seed]
         return "-".join(str(word).lower() for word in words).translate(
             {ord(","): None, ord(" "): "_", ord("+"): "p", ord(":"): "_"})
 
 
-def plan(model, sampler, steps, curs, seeds, methods=USUAL):
+def plan(model, sampler, steps, curs, seeds, methods=USUAL, speedups=()):
     """The rows of a table: a list. `methods` are those to have at each target CUR."""
     rows = [Row(model.name, sampler, steps, "no cache")]
     fewer = FEWER.get((sampler, steps), round(0.75 * steps))
@@ -104,6 +118,11 @@ def plan(model, sampler, steps, curs, seeds, methods=USUAL):
             if method == "Learning-to-Cache" and (target >= 0.5 or sampler != "ddim"):
                 continue  # it reuses at every other step at most, and is defined for DDIM
             rows += [Row(model.name, sampler, steps, method, target, s) for s in range(seeds)]
+    for speedup in speedups:
+        for method in AT_SPEEDUPS:
+            T = round(steps / speedup) if method == "fewer steps" else steps
+            rows += [Row(model.name, sampler, T, method, None, s, speedup)
+                     for s in range(seeds if method == "searched" else 1)]
     return rows
 
 
@@ -113,11 +132,12 @@ def find_router(row, args, out):
     for folder in (SHIPPED, out / "routers"):
         path = folder / f"{row.name}.safetensors"
         if path.exists():
-            return path, read_training(path.with_suffix(".json"))
+            return path, {} if row.speedup else read_training(path.with_suffix(".json"))
     run = out.resolve() / "training" / row.name  # the trainer runs in another folder
-    module, flags = TRAINED[row.method]
-    flags = ["--model", row.model, "--steps", row.steps, "--sampler", row.sampler, "--target-cur",
-             row.target, "--seed", row.seed, *flags, "--out", run, "--resume"]
+    module, flags = ("search", []) if row.method == "searched" else TRAINED[row.method]
+    flags = ["--model", row.model, "--steps", row.steps, "--sampler", row.sampler,
+             *(["--speedup", row.speedup] if row.speedup else ["--target-cur", row.target]),
+             "--seed", row.seed, *flags, "--out", run, "--resume"]
     learning_to_cache = row.method == "Learning-to-Cache"
     for key in ("images", "vae"):
         if learning_to_cache and getattr(args, key) is not None:
@@ -125,18 +145,19 @@ def find_router(row, args, out):
     if not learning_to_cache:
         flags += ["--guidance", args.guidance]
     for key in ("weights", "device", "dtype", "prompts"):
-        if getattr(args, key) is not None:
+        if getattr(args, key) is not None and (key, module) != ("prompts", "search"):
             flags += [f"--{key}", from_anywhere(getattr(args, key))]
     print(f"training {row.name}")
     done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT)
     if done.returncode:
         raise ValueError(f"the training of {row.name} ended as said above; if it was interrupted, "
                          "the same command goes on with it")
-    with command.replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text((run / "results.json").read_text())
+    if not row.speedup:  # a search trains nothing
+        with command.replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_text((run / "results.json").read_text())
     with command.replacing(path) as temporary:
         temporary.write_bytes((run / "router.safetensors").read_bytes())
-    return path, read_training(path.with_suffix(".json"))
+    return path, {} if row.speedup else read_training(path.with_suffix(".json"))
 
 
 def from_anywhere(name):
@@ -144,29 +165,33 @@ def from_anywhere(name):
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def schedule_of(row, branches, args, out):
-    """-> the row's schedule (steps, K), and what its training took."""
+def schedule_of(row, model, args, out):
+    """-> the row's schedule (steps, K), the order of its forecast, and what its training took."""
+    branches = len(model.network.branches)
     if row.method in FIXED:
-        return routers.named(FIXED[row.method], row.steps, branches), {}
+        return routers.named(FIXED[row.method], row.steps, branches), 0, {}
     if row.method == "random":
-        return routers.random(row.steps, branches, row.target, row.seed), {}
+        return routers.random(row.steps, branches, row.target, row.seed), 0, {}
+    if row.method in EVEN:
+        schedule = budget.even(row.steps, budget.make_budget(model, row.steps, row.speedup))
+        return schedule, EVEN[row.method], {}
     path, training = find_router(row, args, out)
     file = routers.load(path)
     file.check(row.model, row.sampler, row.steps, branches)
-    return file.schedule(), training
+    return file.schedule(), file.forecast, training
 
 
 # ------------------------------------------------------------------------------------------------
 # What is measured
 
 
-def draw(model, row, steps, schedule, guidance, items, seed, batch_size, decode, path):
+def draw(model, row, steps, cache, guidance, items, seed, batch_size, decode, path):
     """Makes a row's images and writes them, uint8 (N, H, W, 3) as `arr_0` of an npz. -> a dict of
     what sampling them took. Image j has the same noise, by `seed`, in every row.
 
     The first batches are also made without a cache at T = `steps`, in turn with the row's own: rows
     are minutes apart, and the speed of a machine drifts."""
-    sampler, cache = make_sampler(row.sampler, row.steps), Cache(schedule)
+    sampler = make_sampler(row.sampler, row.steps)
     images, seconds, faster = [], [], []
     for batch in sample.generate(model, sampler, guidance, items, seed, batch_size, cache,
                                  twice=TIMED, full_sampler=make_sampler(row.sampler, steps),
@@ -207,8 +232,8 @@ def measure(row, model, guidance, items, args, out, look):
         if values["about"] != about:
             raise ValueError(f"{known} was measured with other settings: choose another --out")
         return values
-    schedule, training = schedule_of(row, len(model.network.branches), args, out)
-    values = draw(model, row, look.first.steps, schedule, guidance, items, args.seed,
+    schedule, order, training = schedule_of(row, model, args, out)
+    values = draw(model, row, look.first.steps, Cache(schedule, order), guidance, items, args.seed,
                   args.batch_size, look.decode, images)
     values["error"] = error_to(out / "images" / f"{look.first.name}.npz", images)
     values |= metrics.evaluate(str(images), look.reference, network=look.network)
@@ -232,108 +257,15 @@ class Look:
     contents: dict  # what tells the weights, what the images show, and the reference from others
 
 
-def accumulated(model, row, schedule, guidance, items, seed):
+def accumulated(model, row, cache, guidance, items, seed):
     """The mean squared error of x_t against the uncached trajectory, after each step: list of T."""
     sampler, noise = make_sampler(row.sampler, row.steps), Noise(seed, range(len(items)))
     x, condition = noise.start(model.shape, model.device), model.condition(items)
     full, cached = (
-        walk(model.network, sampler, x, condition, guidance, cache, noise)
-        for sampler, cache in ((sampler, None), (make_sampler(row.sampler, row.steps),
-                                                 Cache(schedule)))
+        walk(model.network, sampler, x, condition, guidance, each, noise)
+        for sampler, each in ((sampler, None), (make_sampler(row.sampler, row.steps), cache))
     )
     return [(a - b).square().mean().item() for a, b in zip(full, cached, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------
-# The table
-
-COLUMNS = [  # key, title, how it is printed
-    ("cur", "CUR %", lambda v: f"{100 * v:.1f}"), ("fid", "FID", lambda v: f"{v:.2f}"),
-    ("sfid", "sFID", lambda v: f"{v:.2f}"), ("is", "IS", lambda v: f"{v:.2f}"),
-    ("precision", "prec.", lambda v: f"{v:.3f}"), ("recall", "recall", lambda v: f"{v:.3f}"),
-    ("clip", "CLIP", lambda v: f"{v:.2f}"), ("error", "error", lambda v: f"{1000 * v:.2f}"),
-    ("seconds", "ms / image", lambda v: f"{1000 * v:.0f}"),
-    ("faster", "real", lambda v: f"{v:.2f} x"), ("less", "arithmetic", lambda v: f"{v:.2f} x"),
-    ("cache_mb", "cache MB", lambda v: f"{v:.0f}"),
-    ("training_images", "images", lambda v: f"{v:,.0f}"),
-    ("training_seconds", "train s", lambda v: f"{v:.0f}"),
-    ("training_mb", "train MB", lambda v: f"{v:.0f}"),
-]
-
-
-def summary(rows, values):
-    """Rows and their values -> one dict a line of the table: method, steps, target, seeds, and for
-    every column the mean and the standard deviation over seeds (None for one seed)."""
-    full = values[0]
-    lines = {}
-    for row, value in zip(rows, values, strict=True):
-        training = value["training"]
-        value = {key: number for key, number in value.items() if isinstance(number, float)}
-        value["less"] = full["gflop"] / value["gflop"]
-        if training:
-            value |= {f"training_{key}": training[key] for key in ("seconds", "images")}
-            if training["peak_memory"] is not None:
-                value["training_mb"] = training["peak_memory"] / 1e6
-        lines.setdefault((row.method, row.steps, row.target), []).append(value)
-    table = []
-    for (method, steps, target), seeds in lines.items():
-        line = {"method": method, "steps": steps, "target": target, "seeds": len(seeds)}
-        for key in [key for key in seeds[0] if all(key in value for value in seeds)]:
-            numbers = [value[key] for value in seeds]
-            line[key] = [statistics.mean(numbers),
-                         statistics.stdev(numbers) if len(numbers) > 1 else None]
-        table.append(line)
-    return table
-
-
-def markdown(table, paper):
-    """The table as Markdown: mean +- standard deviation; `paper` gives what the paper reports for
-    a line, or nothing."""
-    columns = [column for column in COLUMNS if any(column[0] in line for line in table)]
-    words = [paper(line) for line in table]
-    titles = ["method", "T", *(title for _, title, _ in columns)]
-    titles += ["paper"] if any(words) else []
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for line, word in zip(table, words, strict=True):
-        cells = [line["method"], str(line["steps"])]
-        for key, _, form in columns:
-            mean, deviation = line.get(key, (None, None))
-            text = "" if mean is None else form(mean)
-            if deviation is not None and key in ("fid", "sfid", "is", "clip", "error", "cur"):
-                text += f" ± {form(deviation)}"
-            cells.append(text)
-        lines.append("| " + " | ".join(cells + ([word] if any(words) else [])) + " |")
-    return "\n".join(lines) + "\n"
-
-
-PAPER_MODELS = {"dit256": ("DiT-XL/2", "256"), "dit512": ("DiT-XL/2", "512"),
-                "pixart256": ("PixArt-alpha", "256"), "pixart512": ("PixArt-alpha", "512"),
-                "pixart1024": ("PixArt-alpha", "1024")}
-PAPER_METHODS = {"no cache": "none", "fewer steps": "none", "FORA, as reported": "FORA"}
-PAPER_SAMPLERS = {"ddim": "DDIM", "ddpm": "IDDPM", "dpm-solver++": "DPM-Solver++",
-                  "sa-solver": "SA-Solver"}
-
-
-def paper_figures(model, sampler):
-    """-> a function: a line of the table -> what the paper reports for it, in words, or ''."""
-    with open(ROOT / "data" / "paper_tables.csv", newline="") as file:
-        known = [entry for entry in csv.DictReader(file)
-                 if entry["table"] in ("class-conditional", "text-to-image")]
-
-    def words(line):
-        method = PAPER_METHODS.get(line["method"], line["method"])
-        wanted = (*PAPER_MODELS.get(model, (None, None)), PAPER_SAMPLERS.get(sampler), method,
-                  str(line["steps"]))
-        for entry in known:
-            if wanted == tuple(entry[key] for key in ("model", "resolution", "sampler", "method",
-                                                      "steps")):
-                cells = [f"{title} {entry[key]}" for key, title in (
-                    ("CUR_percent", "CUR"), ("FID", "FID"), ("sFID", "sFID"), ("IS", "IS"),
-                    ("CLIP", "CLIP"), ("speedup", "x")) if entry[key]]
-                return ", ".join(cells)
-        return ""
-
-    return words
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,6 +281,8 @@ def read_flags():
     parser.add_argument("--methods", type=command.name, default=";".join(USUAL),
                         help="the methods to have at each of --curs, like 'random;HarmoniCa' "
                              f"(default: {';'.join(USUAL)}; also {';'.join(EXTRA)})")
+    parser.add_argument("--speedups", type=command.name,
+                        help="speed-ups by arithmetic to compare at, like 1.5,2 (none)")
     parser.add_argument("--seeds", type=int, default=1,
                         help="routers of each kind, from seed 0 on (1); --seed is the images' own")
     parser.add_argument("--num-samples", type=int, default=2000, help="images a row (2000)")
@@ -364,9 +298,11 @@ def read_flags():
     parser.add_argument("--out", type=command.name, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
     args.curs, args.methods = read_curs(args.curs), args.methods.split(";")
-    unknown = [method for method in args.methods if method not in ("random", *TRAINED)]
+    args.speedups = read_speedups(args.speedups or "")
+    known = [*USUAL, *EXTRA]
+    unknown = [method for method in args.methods if method not in known]
     if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}: use random;{';'.join(TRAINED)}")
+        raise ValueError(f"no method {', '.join(unknown)}: use {';'.join(known)}")
     curs = {f"{100 * cur:g}" for cur in args.curs}  # as in the names of rows
     if len(set(args.methods)) < len(args.methods) or len(curs) < len(args.curs):
         raise ValueError("--methods and --curs name everything once")
@@ -387,6 +323,17 @@ def read_curs(text):
     if not curs or not all(0 < cur < 1 for cur in curs):
         raise ValueError(f"--curs takes percentages like 25,40,55, not {text}")
     return curs
+
+
+def read_speedups(text):
+    """`1.5,2` -> a list of numbers above 1, also an empty one. Raises ValueError."""
+    try:
+        speedups = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        speedups = [0]
+    if not all(1 < speedup < 1000 for speedup in speedups) or len(set(speedups)) < len(speedups):
+        raise ValueError(f"--speedups takes numbers above 1, each once, like 1.5,2, not {text}")
+    return speedups
 
 
 def import_figures():
@@ -467,7 +414,8 @@ def main():
     table_figures = import_figures()
     model, items = load_model(args)
     out = Path(args.out or f"runs/table-{args.model}-{args.steps}")
-    rows = plan(model, args.sampler, args.steps, args.curs, args.seeds, args.methods)
+    rows = plan(model, args.sampler, args.steps, args.curs, args.seeds, args.methods,
+                args.speedups)
     look = prepare(args, model, items, rows)
     with command.locked(out):
         check_outputs(out, rows)
@@ -485,10 +433,10 @@ def write_table(model, items, args, out, rows, look, table_figures):
     errors = {}
     for row in rows:
         if row.target == args.curs[len(args.curs) // 2] and row.seed == 0:  # one CUR shows it
-            schedule, _ = schedule_of(row, len(model.network.branches), args, out)
+            schedule, order, _ = schedule_of(row, model, args, out)
             name = f"{row.method}, CUR {100 * routers.cur(schedule):.1f} %"
-            errors[name] = row.method, accumulated(model, row, schedule, guidance, items[:64],
-                                                   args.seed)
+            errors[name] = row.method, accumulated(model, row, Cache(schedule, order), guidance,
+                                                   items[:64], args.seed)
     about = {"model": args.model, "sampler": sampler, "steps": steps, "guidance": guidance,
              "images": len(items), "seed": args.seed, "reference": args.reference,
              "metrics by": look.network.name}

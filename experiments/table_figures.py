@@ -15,7 +15,10 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "random": ("#999999", "x"), "Learning-to-Cache": ("#E69F00", "s"),
          "SDT + LTC": ("#009E73", "D"), "HarmoniCa": ("#D55E00", "P"),
          "HarmoniCa, cumulative": ("#CC79A7", "X"),
-         "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p")}
+         "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p"),
+         "sensitivity": ("#F0C000", "D"), "sensitivity, forecast 1": ("#F0C000", "d"),
+         "even": ("#0072B2", "v"), "even, forecast 1": ("#0072B2", "<"),
+         "even, forecast 2": ("#0072B2", ">"), "searched": ("#D00000", "*")}
 
 
 def draw_quality(table, path, title):

@@ -15,6 +15,7 @@ import metrics
 import models
 import router as routers
 import train_stepwise
+from cache import Cache
 from experiments import paper_table, table_figures, table_files, train_direct, train_ltc
 from experiments.paper_table import Row
 
@@ -30,8 +31,29 @@ def test_the_rows_of_a_table():
     assert all(name == name.lower() and " " not in name and "," not in name for name in names)
 
 
+def test_rows_of_equal_arithmetic(table, capsys):
+    """Each speed-up has fewer steps, three even schedules and a searched one for each seed; all but
+    the first within 1 % of it."""
+    model = models.load("digits", device="cpu")
+    rows = paper_table.plan(model, "ddim", 20, [0.4], 2, methods=[], speedups=[1.5, 2.5])
+    assert [(row.name, row.speedup) for row in rows[4:9]] == [
+        ("digits-ddim-13-fewer_steps-1.5x-0", 1.5), ("digits-ddim-20-even-1.5x-0", 1.5),
+        ("digits-ddim-20-even_forecast_1-1.5x-0", 1.5),
+        ("digits-ddim-20-even_forecast_2-1.5x-0", 1.5), ("digits-ddim-20-searched-1.5x-0", 1.5)]
+    assert [row.steps for row in rows[9:]] == [20, 8, 20, 20, 20, 20, 20]
+    for row, order in zip(rows[5:8], (0, 1, 2), strict=True):
+        schedule, found, training = paper_table.schedule_of(row, model, None, None)
+        full = model.flops(20) / model.flops(20, (~schedule).sum(0).tolist())
+        assert full == pytest.approx(1.5, rel=0.01) and found == order and not training
+    rows, _ = numbers(table("--speedups", 1.3, "--methods", "random"))
+    plain, line = (rows[f"digits-ddim-3-even{name}-1.3x-0.json"] for name in ("", "_forecast_1"))
+    assert plain["gflop"] == line["gflop"] and plain["error"] != line["error"]
+    assert "| even, forecast 1 | 3 |" in capsys.readouterr().out
+
+
 def test_fora_has_its_two_curs():
-    schedules = [paper_table.schedule_of(Row("digits", "ddim", 20, name), 16, None, None)[0]
+    model = models.load("digits", device="cpu")
+    schedules = [paper_table.schedule_of(Row("digits", "ddim", 20, name), model, None, None)[0]
                  for name in ("FORA, released code", "FORA, as reported")]
     assert [routers.cur(schedule) for schedule in schedules] == pytest.approx([0.45, 0.5])
 
@@ -42,10 +64,10 @@ def table(tmp_path, monkeypatch):
     def find_router(row, args, out):
         path = out / "routers" / f"{row.name}.safetensors"
         if not path.exists():
-            schedule = routers.random(3, 16, row.target, seed=len(row.method))
+            schedule = routers.random(3, 16, row.target or 0.3, seed=len(row.method))
             routers.save(path, schedule * 4.0 - 3, model="digits", sampler="ddim", steps=3,
                          guidance=2.5, tau=0.1)
-        return path, {"seconds": 5.0, "images": 7, "peak_memory": 2e6}
+        return path, {} if row.speedup else {"seconds": 5.0, "images": 7, "peak_memory": 2e6}
 
     monkeypatch.setattr(paper_table, "find_router", find_router)
 
@@ -129,7 +151,7 @@ def test_real_speed_up_is_that_of_batches_in_turn(monkeypatch, tmp_path):
     monkeypatch.setattr(paper_table.sample, "timed_denoise", timed)
     for steps, faster in ((6, 1 / 2), (3, 6 / 6)):
         row = Row("digits", "ddim", steps, "fewer steps")
-        values = paper_table.draw(model, row, 6, routers.none(steps, 16), 1.0, items, 0, 2,
+        values = paper_table.draw(model, row, 6, Cache(routers.none(steps, 16)), 1.0, items, 0, 2,
                                   lambda x: x.numpy(), tmp_path / "images.npz")
         assert values["faster"] == pytest.approx(faster)
 
@@ -199,9 +221,13 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     objective, proxy = {
         "SDT + LTC": ("ltc", "leave-one-out"), "HarmoniCa, cumulative": ("iepo", "cumulative"),
         "Learning-to-Cache": ("learning-to-cache", "none"), "direct": ("direct", "none"),
+        "sensitivity": ("sensitivity", "leave-one-out"),
+        "sensitivity, forecast 1": ("sensitivity", "leave-one-out"),
     }.get(method, ("iepo", "leave-one-out"))
     assert seen["objective"] == objective and seen["proxy"] == proxy
-    assert seen.get("start") == ("fora-paper:2" if "from alternation" in method else None)
+    assert seen.get("start") == (
+        "fora-paper:2" if "from alternation" in method or "forecast" in method else None)
+    assert (seen.get("forecast") or 0) == (1 if "forecast" in method else 0)
     monkeypatch.setattr(paper_table.subprocess, "run", None)  # the second time it is there
     assert paper_table.find_router(row, args, tmp_path)[0] == path
 
@@ -212,7 +238,8 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--sampler", "euler"], "euler"), (["--methods", "random;LTC"], "no method LTC: use random;"),
     (["--prompts", "words.txt"], "takes labels, not prompts"),
     (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
-    (["--curs", "66.7"], "a CUR is 66.67 % at most"), (["--curs", "nan"], "--curs takes"),
+    (["--speedups", "1,2"], "--speedups takes"), (["--speedups", "2,2"], "--speedups takes"),
+    (["--speedups", "nan"], "--speedups takes"), (["--curs", "66.7"], "a CUR is 66.67 % at most"), (["--curs", "nan"], "--curs takes"),
     (["--curs", "40,40.00000001"], "name every"), (["--methods", ""], "a name, not an empty one"),
     (["--reference", ""], "a name, not an empty one"), (["--guidance", "nan"], "a finite number"),
     (["--reference", "no/such.npz"], "no/such.npz"), (["--seeds", "9" * 10], "--seeds 1 to"),
@@ -293,7 +320,7 @@ def test_figures_need_matplotlib_and_say_so(table, capsys, monkeypatch):
 
 
 def test_every_method_has_a_look():
-    methods = {*paper_table.FIXED, "random", *paper_table.TRAINED}
+    methods = {*paper_table.FIXED, "random", *paper_table.TRAINED, *paper_table.AT_SPEEDUPS}
     assert set(table_figures.LOOKS) == methods
 
 
