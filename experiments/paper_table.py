@@ -37,10 +37,10 @@ import sys
 import time
 from pathlib import Path
 
-import budget
 import numpy as np
 import torch
 
+import budget
 import command
 import features
 import metrics
