@@ -49,12 +49,13 @@ class Cache:
             self.kept, self.bytes = {}, 0
         elif i != self.step + 1 or i >= self.steps:
             raise ValueError(f"cache: step {i} of {self.steps} does not follow step {self.step}")
-        self.step = i
+        # torch.compile makes a graph for each number it reads: rows, which repeat, instead of i.
+        self.step, self.row, self.next_row = i, self.schedule[i], self.schedule[i + 1]
         return self
 
     def __call__(self, k, branch):
         """The output of branch k, computed or kept."""
-        if self.schedule[self.step][k]:
+        if self.row[k]:
             self.kept[k] = branch()
         output = self.kept[k]
         self._count(k, output)
@@ -62,7 +63,7 @@ class Cache:
         return output
 
     def _count(self, k, output):
-        if self.schedule[self.step][k]:
+        if self.row[k]:
             self.computed[k] += 1
             self.bytes += output.nbytes
         else:
@@ -70,7 +71,7 @@ class Cache:
 
     def _drop_unread(self, k, output):
         """Drops the output at once if the next step computes its own: then nothing reads it."""
-        if self.schedule[self.step + 1][k]:
+        if self.next_row[k]:
             del self.kept[k]
             self.bytes -= output.nbytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)

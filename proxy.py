@@ -50,7 +50,8 @@ def image_error(network, sampler, x, condition, guidance, scores, tau, noise=Non
         x = next(unmasked)
 
     compared = [x] * (T - 1) if variant == "leave-one-out" else [*forks[1:], x]
-    errors = [
-        (a.double() - b.double()).square().mean() for a, b in zip(forks, compared, strict=True)
+    errors = [  # in float64 on the CPU, because Apple's GPUs have none
+        (a.cpu().double() - b.cpu().double()).square().mean()
+        for a, b in zip(forks, compared, strict=True)
     ]
-    return torch.stack([torch.zeros_like(errors[0]), *errors]).cpu()
+    return torch.stack([torch.zeros_like(errors[0]), *errors])

@@ -24,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 import command
+import models
 import pictures
 import router as routers
+from samplers import sampler_name
 
 # ------------------------------------------------------------------------------------------------
 # Settings: a plain dict, saved with the run, in which every key stands
@@ -60,6 +62,13 @@ def settings_of(args, defaults):
         settings["micro_batch"] = settings["batch_size"]
     check(settings)
     return settings
+
+
+def named_alike(settings):
+    """The settings with one name for each thing, however it was written: equal ones are equal.
+    Raises ValueError for an unknown dtype."""
+    return {**settings, "dtype": models.dtype_name(settings.get("dtype")),
+            "sampler": sampler_name(str(settings.get("sampler")))}
 
 
 def check(settings):
@@ -178,6 +187,7 @@ class Run:
 
     def __init__(self, model, sampler, router, settings, out, resume=False, length=None,
                  data=()):
+        settings = named_alike(settings)
         self.model, self.sampler, self.router = model, sampler, router.to(model.device)
         self.settings, self.out = settings, Path(out)
         self.length = settings["steps"] if length is None else length
@@ -338,6 +348,7 @@ def find_state(out, settings, contents, resume):
     ):
         raise ValueError(f"{state_file} is not a state of this trainer, or of another version of "
                          "it: choose another --out")
+    old = named_alike(old)
     # Files are compared by what they hold, below, and not by what they are called. A damaged state
     # may hold anything anywhere, also what cannot be compared, so the texts of both are.
     compared = settings.keys() - {"iterations", "weights", "prompts"}

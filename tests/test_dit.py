@@ -11,10 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import dit
+import pixart
 from tests.small import tiny_dit
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -117,6 +119,30 @@ def test_position_embedding_formula():
                 for place in (column, row) for wave in (np.sin, np.cos) for j in range(size // 4)
             ]
             np.testing.assert_allclose(table[row * side + column], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ("dit", "pixart"))
+def test_no_float64_off_the_cpu(name):
+    """Apple's GPUs have none. Here the device meta stands for them."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for part in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(part, torch.Tensor) and part.device.type != "cpu":
+                    assert part.dtype != torch.float64
+            return result
+
+    sizes = dict(input_size=8, hidden_size=24, depth=1, num_heads=2)
+    with torch.device("meta"), Watch():
+        x, t = torch.empty(2, 4, 8, 8), torch.empty(2)
+        if name == "dit":
+            output = dit.DiT(**sizes)(x, t, torch.zeros(2, dtype=torch.long))
+        else:
+            network = pixart.PixArt(**sizes, caption_channels=16)
+            mask = torch.empty(2, 120, dtype=torch.bool)
+            output = network(x, t, torch.empty(2, 120, 16), mask)
+    assert output.shape == (2, 8, 8, 8)
 
 
 def test_timestep_embedding_formula_also_at_fractional_t():
