@@ -486,6 +486,8 @@ def test_a_checkpoint_of_dits_own_training_gives_its_average(tmp_path):
     (lambda x: x * math.nan, "holds NaN or infinite numbers"),
     (lambda x: x.to_sparse(), "is no ordinary tensor"),
     (lambda x: x.to("meta"), "is no ordinary tensor"),
+    (lambda x: (448 * x / x.abs().max()).to(torch.float8_e4m3fn), "fills the range of float8_e4m3"),
+    (lambda x: (57344 * x / x.abs().max()).to(torch.float8_e5m2), "fills the range of float8_e5m2"),
 ))
 def test_what_is_no_weight_is_refused_by_name(tmp_path, change, words):
     network = tiny_dit()
@@ -493,6 +495,17 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path, change, words):
     state["blocks.0.mlp.fc2.weight"] = change(state["blocks.0.mlp.fc2.weight"])
     with pytest.raises(ValueError, match=f"w.pt: blocks.0.mlp.fc2.weight {words}"):
         dit.read_weights(save(tmp_path / "w.pt", state), network)
+
+
+def test_weights_rounded_to_float8_load_as_they_are(tmp_path):
+    """Without a scale nothing is lost but the rounding. Scales in the file are not read."""
+    network = tiny_dit()
+    state = {key: x.to(torch.float8_e4m3fn) for key, x in network.state_dict().items()}
+    network.load_state_dict(dit.read_weights(save(tmp_path / "w.safetensors", state), network))
+    assert all(torch.equal(x, state[key].float()) for key, x in network.state_dict().items())
+    state["blocks.0.mlp.fc2.weight_scale"] = torch.ones(())
+    with pytest.raises(ValueError, match="unexpected blocks.0.mlp.fc2.weight_scale"):
+        dit.read_weights(save(tmp_path / "w.safetensors", state), network)
 
 
 def test_weights_of_another_resolution_are_refused(tmp_path):
