@@ -71,13 +71,14 @@ class Cache:
             self.kept, self.bytes = {}, 0
         elif i != self.step + 1 or i >= self.steps:
             raise ValueError(f"cache: step {i} of {self.steps} does not follow step {self.step}")
-        self.step = i
+        # Rows, which repeat: torch.compile makes a graph for each number that it reads.
+        self.step, self.row, self.room = i, self.schedule[i], self.read[i]
         return self
 
     def __call__(self, k, branch):
         """The output of branch k, computed or forecast."""
         entries = self.kept.get(k, ())
-        if self.schedule[self.step][k]:
+        if self.row[k]:
             output = branch()
             self.computed[k] += 1
             self._keep(k, (*entries, (self.step, output)))
@@ -90,7 +91,7 @@ class Cache:
     def _keep(self, k, entries):
         """Keeps of the entries only those that a later step reads."""
         self.bytes -= sum(output.nbytes for _, output in self.kept.pop(k, ()))
-        entries = entries[max(0, len(entries) - self.read[self.step][k]) :]
+        entries = entries[max(0, len(entries) - self.room[k]) :]
         if entries:
             self.kept[k] = entries
         self.bytes += sum(output.nbytes for _, output in entries)

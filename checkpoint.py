@@ -121,6 +121,10 @@ def check_weight(value, name):
     if not value.is_floating_point():
         raise ValueError(f"{name} is {str(value.dtype).removeprefix('torch.')}, not floating point:"
                          " quantised weights need their scales, which are not read")
+    if value.dtype.itemsize == 1 and value.float().abs().max() == torch.finfo(value.dtype).max:
+        # Weights that were only rounded to float8 are far from its largest number.
+        raise ValueError(f"{name} fills the range of {str(value.dtype).removeprefix('torch.')}: it "
+                         "was scaled to it, and its scale is not read")
     if not value.float().isfinite().all() and not name.endswith("y_embedding"):
         raise ValueError(f"{name} holds NaN or infinite numbers: its training had diverged, or the "
                          "file is damaged")

@@ -135,7 +135,8 @@ def save_image(path, image):
 def check_not_read(out, *sources):
     """Raises ValueError if `out` is one of the files that are read (None: no file)."""
     for source in sources:
-        if source is not None and Path(source).resolve() == Path(out).resolve():
+        # Path.resolve raises RuntimeError for a link to itself.
+        if source is not None and os.path.realpath(source) == os.path.realpath(out):
             raise ValueError(f"{source} is read, so it is not written: choose another name")
 
 

@@ -52,22 +52,25 @@ def timestep_embedding(t, size, max_period=10000):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def grid_embedding(size, rows, columns):
-    """Fixed 2-D sinusoids, sines first, of the places rows (h,) and columns (w,), whole or
-    fractional: -> (h * w, size) float32, row by row. The first half of the channels encodes a
+def grid_embedding(size, rows, columns, device=None):
+    """Fixed 2-D sinusoids, sines first, of the places rows (h,) and columns (w,), on the CPU, whole
+    or fractional: -> (h * w, size) float32, row by row. The first half of the channels encodes a
     token's column, the second its row (the official code's order)."""
-    omega = 10000.0 ** -(torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-    omega = omega.to(rows.device)
+    # In float64 on the CPU, because Apple's GPUs have none.
+    j = torch.arange(size // 4, dtype=torch.float64, device="cpu")
+    omega = 10000.0 ** -(j / (size // 4))
     row, column = (place.double()[:, None] * omega for place in (rows, columns))  # (., size / 4)
-    row, column = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in (row, column))
+    row, column = (torch.cat([angle.sin(), angle.cos()], 1).float().to(device)
+                   for angle in (row, column))
     shape = len(rows), len(columns), size // 2
     grid = [column[None, :].expand(shape), row[:, None].expand(shape)]
     return torch.cat(grid, dim=-1).reshape(-1, size)  # (h, w, size) -> (h * w, size)
 
 
-def position_embedding(size, side):
+def position_embedding(size, side, device=None):
     """The places of a square of tokens: -> (side * side, size) float32."""
-    return grid_embedding(size, torch.arange(side), torch.arange(side))
+    places = torch.arange(side, device="cpu")
+    return grid_embedding(size, places, places, device)
 
 
 class PatchEmbedder(nn.Module):
@@ -221,7 +224,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.register_buffer("pos_embed", position_embedding(hidden_size, side)[None])  # (1, N, D)
+        places = position_embedding(hidden_size, side, self.x_embedder.proj.weight.device)
+        self.register_buffer("pos_embed", places[None])  # (1, N, D)
         self.blocks = nn.ModuleList(
             [Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
         )

@@ -210,7 +210,7 @@ def clip_score(images, prompts, clip, batch_size=64):
             long += features.cut(words, tokens, tokenizer)
             image = network.encode_image(pixels.to(device), normalize=True)  # (B, D) of length 1
             text = network.encode_text(tokens.to(device), normalize=True)  # the same
-            scores.append(100 * (image * text).sum(1).clamp(min=0).double().cpu())
+            scores.append(100 * (image * text).sum(1).clamp(min=0).cpu().double())
             bar.update(len(batch))
     if long:
         warnings.warn(f'{len(long)} of {len(prompts)} captions have more than {tokens.shape[1]} '

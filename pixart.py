@@ -235,10 +235,10 @@ class PixArt(nn.Module):
         number, they span the places of the training size, divided by `pe_interpolation`."""
         base = self.input_size // self.patch_size
         row, column = (
-            torch.arange(n, dtype=torch.float32, device=device) / (n / base) / self.pe_interpolation
+            torch.arange(n, dtype=torch.float32, device="cpu") / (n / base) / self.pe_interpolation
             for n in (rows, columns)
         )
-        return grid_embedding(self.hidden_size, row, column)
+        return grid_embedding(self.hidden_size, row, column, device)
 
     def unpatchify(self, patches, H, W):
         """(B, N, P * P * C_out) -> (B, C_out, H, W)."""

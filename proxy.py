@@ -72,8 +72,8 @@ def measure(network, sampler, x, condition, guidance, scores, tau, noise=None,
 
 
 def squared_error(a, b):
-    """The mean squared error of two tensors, in float64: a number."""
-    return (a.double() - b.double()).square().mean().item()
+    """The mean squared error of two tensors, in float64 on the CPU (Apple's GPUs have none)."""
+    return (a.cpu().double() - b.cpu().double()).square().mean().item()
 
 
 def image_error(*args, **kwargs):

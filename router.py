@@ -24,6 +24,7 @@ from torch import nn
 
 import checkpoint
 import command
+from samplers import sampler_name
 
 LIMIT = 5.0  # logits are kept in [-5, 5]; row 0's are fixed at 5
 
@@ -172,8 +173,8 @@ class RouterFile:
         does not name its model (some official ones do not) may belong to any."""
         about = self.about
         name = model if about["model"] == checkpoint.UNNAMED else about["model"]
-        trained = (name, about["sampler"], *self.logits.shape)
-        if trained != (model, sampler, steps, branches):
+        trained = (name, sampler_name(about["sampler"]), *self.logits.shape)
+        if trained != (model, sampler_name(sampler), steps, branches):
             raise ValueError(
                 f"{self.path} is a router of {about['model']} with {about['sampler']}, "
                 f"T = {self.logits.shape[0]}, K = {self.logits.shape[1]}; it cannot be used for "

@@ -32,7 +32,7 @@ import pictures
 import router
 import shipped
 from cache import Cache
-from samplers import Noise, denoise, make_sampler, walk
+from samplers import Noise, denoise, make_sampler, sampler_name, walk
 
 # ------------------------------------------------------------------------------------------------
 # What to make
@@ -233,7 +233,7 @@ class Totals:
         self.seconds += batch.seconds
         self.full_seconds += batch.full_seconds
         if batch.full is not None:
-            error = (batch.x - batch.full).double().square().mean().item()
+            error = (batch.x - batch.full).cpu().double().square().mean().item()
             self.squared_error += len(batch.x) * error
 
 
@@ -357,7 +357,7 @@ def main():
     model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     model.resize(args.height, args.width)
     models.choose_kernels(model, device)
-    name = args.sampler or model.sampler
+    name = sampler_name(args.sampler or model.sampler)
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
     sampler = make_sampler(name, steps)
@@ -368,7 +368,7 @@ def main():
     settings = {
         "model": args.model, "weights": args.weights, "sampler": name, "steps": steps,
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
-        "dtype": args.dtype, "pixels": model.pixels, "vae": args.vae,
+        "dtype": models.dtype_name(args.dtype), "pixels": model.pixels, "vae": args.vae,
         "contents": model.fingerprint(),  # a file may be replaced under the same name
     }
     if order:

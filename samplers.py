@@ -321,6 +321,19 @@ def make_sampler(name, steps):
         f"unknown sampler {name}: use ddim, ddim:ETA, ddpm, dpm-solver++ or sa-solver"
     )
 
+
+
+def sampler_name(name):
+    """The one name of a sampler, however it was written: ddim:0 is ddim, ddim:1 ddim:1.0."""
+    kind, _, eta = name.partition(":")
+    try:
+        if kind != "ddim" or not eta:
+            return name
+        return f"{kind}:{float(eta)}" if float(eta) else kind
+    except ValueError:  # no number: `make_sampler` says so
+        return name
+
+
 # ------------------------------------------------------------------------------------------------
 # The walk
 

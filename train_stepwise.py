@@ -86,8 +86,7 @@ def chunks_of(model, sampler, seed, numbers, micro_batch, purpose, prompts=None)
 def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta, order=0):
     """One trajectory of the paper's algorithm 1: T iterations, T - 1 updates, one a row.
 
-    `lambda_` (T,) weights each step's error; with ones the objective is LTC's. `order` is that of
-    the cache's forecast.
+    `lambda_` (T,) weights each step's error; with ones the objective is LTC's.
     -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
     Raises ValueError, before the update, if a loss is not finite.
     """
@@ -162,8 +161,8 @@ def train(model, settings, out, resume=False, prompts=None):
 # For T = 20, found by measurement. A logit moves at most lr per update of its row, so a short run
 # needs a high rate. Without lambda the error has another scale: there is a beta for each objective.
 SMALL = dict(lr=0.1, iterations=2000, lambda_every=400, batch_size=8)
-BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4, sensitivity=1e-5),
-         "emoji": dict(iepo=1e-7, ltc=1e-4, sensitivity=1e-5)}
+BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4, sensitivity=2.5e-4),
+         "emoji": dict(iepo=1e-7, ltc=1e-4, sensitivity=None)}
 # Published for DiT-XL/2 (64 rows a batch, counting both guidance halves). The other official models
 # start from the same: the paper gives none for PixArt. LTC's beta is Learning-to-Cache's own.
 PUBLISHED = dict(lr=0.01, iterations=20000, lambda_every=500, batch_size=32, micro_batch=8)

@@ -24,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 import command
+import models
 import pictures
 import router as routers
+from samplers import sampler_name
 
 # ------------------------------------------------------------------------------------------------
 # Settings: a plain dict, saved with the run, in which every key stands
@@ -45,7 +47,8 @@ def for_steps(defaults, steps):
     T = 20 if steps is None else max(1, steps)
     settings = {key: -(-value * T // 20) if key in ("iterations", "lambda_every") else value
                 for key, value in defaults.items()}
-    return settings | {"beta": (20 / T) ** 2 * defaults["beta"]}
+    beta = defaults["beta"]
+    return settings | {"beta": beta and (20 / T) ** 2 * beta}
 
 
 def settings_of(args, defaults):
@@ -60,6 +63,13 @@ def settings_of(args, defaults):
         settings["micro_batch"] = settings["batch_size"]
     check(settings)
     return settings
+
+
+def named_alike(settings):
+    """The settings with one name for each thing, however it was written: equal ones are equal.
+    Raises ValueError for an unknown dtype."""
+    return {**settings, "dtype": models.dtype_name(settings.get("dtype")),
+            "sampler": sampler_name(str(settings.get("sampler")))}
 
 
 def check(settings):
@@ -181,6 +191,7 @@ class Run:
 
     def __init__(self, model, sampler, router, settings, out, resume=False, length=None,
                  data=()):
+        settings = named_alike(settings)
         self.model, self.sampler, self.router = model, sampler, router.to(model.device)
         self.settings, self.out = settings, Path(out)
         self.length = settings["steps"] if length is None else length
@@ -342,6 +353,7 @@ def find_state(out, settings, contents, resume):
     ):
         raise ValueError(f"{state_file} is not a state of this trainer, or of another version of "
                          "it: choose another --out")
+    old = named_alike(old)
     # Files are compared by what they hold, below, and not by what they are called. A damaged state
     # may hold anything anywhere, also what cannot be compared, so the texts of both are.
     compared = settings.keys() - {"iterations", "weights", "prompts"}

@@ -52,7 +52,7 @@ import shipped
 from cache import Cache
 from experiments.table_files import is_row, read_json, read_training
 from experiments.table_text import markdown, paper_figures, summary
-from samplers import Noise, make_sampler, walk
+from samplers import Noise, make_sampler, sampler_name, walk
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "table"
@@ -222,7 +222,8 @@ def measure(row, model, guidance, items, args, out, look):
     """One row of the table: a dict of numbers, made or found in `out`. Raises ValueError if what
     is found was measured otherwise."""
     about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
-             "reference": args.reference, "batch_size": args.batch_size, "dtype": args.dtype,
+             "reference": args.reference, "batch_size": args.batch_size,
+             "dtype": models.dtype_name(args.dtype),
              "noise": args.seed, "timed": TIMED, "contents": look.contents}
     known = out / "rows" / f"{row.name}.json"
     images = out / "images" / f"{row.name}.npz"
@@ -360,7 +361,7 @@ def load_model(args):
         raise ValueError(f"name the --reference to compare {model.name}'s images with")
     args.guidance = model.guidance if args.guidance is None else args.guidance
     args.steps = model.steps if args.steps is None else args.steps
-    args.sampler = args.sampler or model.sampler
+    args.sampler = sampler_name(args.sampler or model.sampler)
     make_sampler(args.sampler, args.steps)
     if max(args.curs) > 1 - 1 / args.steps:
         raise ValueError(f"--curs: of T = {args.steps} steps the first computes everything, so a "

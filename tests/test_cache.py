@@ -4,7 +4,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import router
 from cache import Cache, SoftCache, forecast
 from samplers import DDIM, Noise, denoise
 from tests.small import tiny_dit
@@ -231,6 +233,23 @@ def test_step_0_begins_empty_after_an_interrupted_trajectory():
     assert cache.bytes == 0 and cache.kept == {}
     assert torch.equal(run(network, cache, images=3), run(network, Cache(schedule), images=3))
     assert cache.bytes == 0
+
+
+def test_a_compiled_network_gives_the_same_images_from_few_graphs():
+    """One graph for each kind of step, and a few until the compiler knows that counts change: with
+    the step's number in it, each of 2 x 12 steps would have its own."""
+    network, compiled_steps = tiny_dit(), 12
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, backend=counter)
+    noise, sampler = Noise(0, range(2)), DDIM(compiled_steps)
+    x, condition = noise.start((2, 8, 8)), network.condition(noise.labels(5))
+    schedule = router.fora(compiled_steps, K, 2)  # two kinds of steps
+    cache, expected = Cache(schedule), Cache(schedule)
+    for _ in range(2):
+        got = denoise(compiled, sampler, x, condition, 1.5, cache)
+        torch.testing.assert_close(got, denoise(network, sampler, x, condition, 1.5, expected))
+    assert counter.frame_count < 8  # torch gives up after 8
+    assert cache.computed == expected.computed and cache.peak_bytes == expected.peak_bytes
 
 
 # ------------------------------------------------------------------------------------------------

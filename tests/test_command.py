@@ -71,6 +71,8 @@ def test_what_is_read_is_not_written(tmp_path):
     command.check_not_read("a.png", None, "b.png")
     with pytest.raises(ValueError, match="a.png is read, so it is not written"):
         command.check_not_read(tmp_path / "x" / ".." / "a.png", tmp_path / "a.png")
+    (tmp_path / "loop").symlink_to("loop")
+    command.check_not_read("a.png", tmp_path / "loop")  # reading it says what is wrong
 
 
 def test_replacing_makes_folders_and_shows_the_file_only_when_it_is_whole(tmp_path):

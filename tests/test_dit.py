@@ -11,10 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import dit
+import pixart
 from tests.small import tiny_dit
 
 SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
@@ -117,6 +119,30 @@ def test_position_embedding_formula():
                 for place in (column, row) for wave in (np.sin, np.cos) for j in range(size // 4)
             ]
             np.testing.assert_allclose(table[row * side + column], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ("dit", "pixart"))
+def test_no_float64_off_the_cpu(name):
+    """Apple's GPUs have none. Here the device meta stands for them."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for part in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(part, torch.Tensor) and part.device.type != "cpu":
+                    assert part.dtype != torch.float64
+            return result
+
+    sizes = dict(input_size=8, hidden_size=24, depth=1, num_heads=2)
+    with torch.device("meta"), Watch():
+        x, t = torch.empty(2, 4, 8, 8), torch.empty(2)
+        if name == "dit":
+            output = dit.DiT(**sizes)(x, t, torch.zeros(2, dtype=torch.long))
+        else:
+            network = pixart.PixArt(**sizes, caption_channels=16)
+            mask = torch.empty(2, 120, dtype=torch.bool)
+            output = network(x, t, torch.empty(2, 120, 16), mask)
+    assert output.shape == (2, 8, 8, 8)
 
 
 def test_timestep_embedding_formula_also_at_fractional_t():
@@ -460,6 +486,8 @@ def test_a_checkpoint_of_dits_own_training_gives_its_average(tmp_path):
     (lambda x: x * math.nan, "holds NaN or infinite numbers"),
     (lambda x: x.to_sparse(), "is no ordinary tensor"),
     (lambda x: x.to("meta"), "is no ordinary tensor"),
+    (lambda x: (448 * x / x.abs().max()).to(torch.float8_e4m3fn), "fills the range of float8_e4m3"),
+    (lambda x: (57344 * x / x.abs().max()).to(torch.float8_e5m2), "fills the range of float8_e5m2"),
 ))
 def test_what_is_no_weight_is_refused_by_name(tmp_path, change, words):
     network = tiny_dit()
@@ -467,6 +495,17 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path, change, words):
     state["blocks.0.mlp.fc2.weight"] = change(state["blocks.0.mlp.fc2.weight"])
     with pytest.raises(ValueError, match=f"w.pt: blocks.0.mlp.fc2.weight {words}"):
         dit.read_weights(save(tmp_path / "w.pt", state), network)
+
+
+def test_weights_rounded_to_float8_load_as_they_are(tmp_path):
+    """Without a scale nothing is lost but the rounding. Scales in the file are not read."""
+    network = tiny_dit()
+    state = {key: x.to(torch.float8_e4m3fn) for key, x in network.state_dict().items()}
+    network.load_state_dict(dit.read_weights(save(tmp_path / "w.safetensors", state), network))
+    assert all(torch.equal(x, state[key].float()) for key, x in network.state_dict().items())
+    state["blocks.0.mlp.fc2.weight_scale"] = torch.ones(())
+    with pytest.raises(ValueError, match="unexpected blocks.0.mlp.fc2.weight_scale"):
+        dit.read_weights(save(tmp_path / "w.safetensors", state), network)
 
 
 def test_weights_of_another_resolution_are_refused(tmp_path):

@@ -377,6 +377,21 @@ def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, tiny_run):
         train_stepwise.train(tiny_model(), tiny_settings(iterations=20), out, resume=True)
 
 
+def test_equal_settings_in_other_words_go_on(tmp_path, tiny_run):
+    """The same bits, also from a state that was saved in the other words."""
+    out = tmp_path / "run"
+    train_stepwise.train(tiny_model(), tiny_settings(iterations=9), out)
+    for words in (dict(sampler="ddim:0", dtype="fp32"), dict(dtype="float32")):
+        train_stepwise.train(tiny_model(), tiny_settings(**words), out, resume=True)
+        assert_same_run(out, tiny_run)
+    state = command.load_state(out / "state.pt")
+    command.save_state(out / "state.pt", {**state, "settings": tiny_settings(sampler="ddim:0.0")})
+    train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
+    for words in (dict(sampler="ddim:0.5"), dict(dtype="bf16")):
+        with pytest.raises(ValueError, match="is a run with other settings: "):
+            train_stepwise.train(tiny_model(), tiny_settings(**words), out, resume=True)
+
+
 def test_a_run_goes_on_with_its_own_weights_and_prompts_only(tmp_path):
     out = tmp_path / "run"
     train_stepwise.train(tiny_model(), tiny_settings(), out)
