@@ -5,7 +5,7 @@
     schedule = by_steps(20, cost, budget)           # cost[j][i], j < i <= T
 
 cost[j][i] is the error of all steps between j and i, if j computes and i is the next step that
-does (i = T: none does). search.py measures such costs.
+does (i = T: none does). costs.py measures such costs.
 
 Notation: T denoising steps, K branches.
 """

@@ -358,6 +358,7 @@ def test_a_folder_that_holds_a_search_is_not_overwritten(tmp_path, monkeypatch, 
     (["--tries", "-1"], "--tries 0 or more"),
     (["--model", "letters"], "unknown model letters"),
     (["--steps", "1"], "steps must be from 2"),
+    (["--steps", "101"], "100 --steps at most"),
     (["--sampler", "euler", "--steps", "9"], "unknown sampler"),
     (["--seed", "-1"], "a seed is"),
 ])
