@@ -247,8 +247,8 @@ def read_flags():
                         help="the order of the forecast: 0, 1 or 2 (default: all are tried)")
     parser.add_argument("--images", type=int,
                         help="images to search on, and as many held out (24; official models: 8)")
-    parser.add_argument("--tries", type=int, default=40,
-                        help="exchanges of steps that the local search tries, and of entries (40)")
+    parser.add_argument("--tries", type=int, default=30,
+                        help="exchanges of steps that the local search tries, and of entries (30)")
     parser.add_argument("--out", type=Path, help="folder (default: runs/search-MODEL-2x and such)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the search in --out, if any")
