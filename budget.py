@@ -5,7 +5,7 @@
     schedule = by_steps(20, cost, budget)           # cost[j][i], j < i <= T
 
 cost[j][i] is the error of all steps between j and i, if j computes and i is the next step that
-does (i = T: none does). search.py measures such costs.
+does (i = T: none does). costs.py measures such costs.
 
 Notation: T denoising steps, K branches.
 """
@@ -92,10 +92,12 @@ def fill(T, steps, partial, budget):
 
 
 def even(T, budget):
-    """Every T / rows-th step computes, rounded down; the last one what the budget has left."""
+    """Every T / rows-th step computes, rounded down; one in the middle what the budget has left."""
     places = [int(m * T / budget.rows) for m in range(math.ceil(budget.rows))]
-    whole = int(budget.rows)
-    return fill(T, places[:whole], places[whole] if places[whole:] else None, budget)
+    partial = None
+    if len(places) > int(budget.rows):
+        partial = places.pop(len(places) // 2)  # the first and the last steps matter most
+    return fill(T, places, partial, budget)
 
 
 def paths(cost):

@@ -106,9 +106,11 @@ class Uncached:
         prediction = self.batch.predict(self.x[i], i, Replay(outputs))
         return squared_error(split(prediction, self.x[i])[0], self.predictions[i])
 
-    def step_costs(self, j, order, sensitivity, longest=5):
+    def step_costs(self, j, order, sensitivity, longest=19):
         """If step j and the one `gap` steps later compute: the cost of the steps between them, for
-        gap = 1 ... longest + 1. The steps before j are taken to compute at the same distance."""
+        gap = 1 ... longest + 1. The steps before j are taken to compute at the same distance.
+        Steps that only reuse are cheap, so long gaps are measured too: extrapolated from short
+        ones they mislead (emoji at 2 x: an error of 1.8 in thousandths, measured 0.1)."""
         costs = []
         for gap in range(1, min(longest + 1, self.T - j) + 1):
             computed = [s for s in range(j - order * gap, j + 1, gap) if s >= 0]

@@ -45,6 +45,7 @@ ORDERS = (0, 1, 2)  # of the forecast
 FEW = 4  # costs are measured on one of so many images
 TAU = 0.1  # any threshold would do: logits are 5 or -5
 MOST_IMAGES = 100_000
+MOST_STEPS = 100  # the dynamic programs take a time that grows with T^3
 VERSION = 1  # of what a state holds
 
 # ------------------------------------------------------------------------------------------------
@@ -244,11 +245,11 @@ def read_flags():
     asked.add_argument("--cur", type=command.finite,
                        help="a CUR instead, as a share: 0.5 reuses half of all branch outputs")
     parser.add_argument("--forecast", type=int, choices=ORDERS,
-                        help="the order of the forecast (default: all are tried)")
+                        help="the order of the forecast: 0, 1 or 2 (default: all are tried)")
     parser.add_argument("--images", type=int,
                         help="images to search on, and as many held out (24; official models: 8)")
-    parser.add_argument("--tries", type=int, default=40,
-                        help="exchanges of steps that the local search tries, and of entries (40)")
+    parser.add_argument("--tries", type=int, default=30,
+                        help="exchanges of steps that the local search tries, and of entries (30)")
     parser.add_argument("--out", type=Path, help="folder (default: runs/search-MODEL-2x and such)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the search in --out, if any")
@@ -360,6 +361,8 @@ def main():
     models.choose_kernels(model, device)
     settings = settings_of(args, model, device)
     sampler = make_sampler(settings["sampler"], settings["steps"])
+    if settings["steps"] > MOST_STEPS:
+        raise ValueError(f"a search is for {MOST_STEPS} --steps at most, not {settings['steps']}")
     budget = make_budget(model, settings["steps"], args.speedup, args.cur)
     budget.check(even(settings["steps"], budget))
     asked = f"{args.speedup:g}x" if args.cur is None else f"cur{args.cur:g}"

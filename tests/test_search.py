@@ -17,7 +17,7 @@ import sample
 import search
 from cache import Cache
 from samplers import Noise, denoise, make_sampler
-from tests.small import tiny_model
+from tests.small import tiny_dit, tiny_model
 
 SEEDS = (0, 1, 2)
 
@@ -209,6 +209,24 @@ def test_local_search_is_never_worse_than_its_start(order, sampler):
     assert climber.schedule.sum() == start.sum() and climber.schedule[0].all()
 
 
+@pytest.mark.parametrize("cut", (0, 1, 4, 9, 20))
+def test_a_climb_goes_on_from_its_log(cut):
+    """Errors in the log are not measured again, and the others are bitwise the same."""
+    batch, start = make_batch(tiny_model(1), 6), routers.random(6, 6, 0.5, seed=1)
+
+    def climb(values):
+        log = search.Log(values=values)
+        climber = search.Climber(batch, 1, log, start)
+        climber.climb(search.entry_exchanges(6, [1] * 6, 0), 20)
+        return climber, log.values
+
+    whole, values = climb([])
+    resumed, again = climb(values[:cut])
+    assert len(values) == 21 and whole.error < values[0]
+    assert again == values and resumed.error == whole.error
+    assert torch.equal(resumed.schedule, whole.schedule)
+
+
 def test_exchanges_keep_the_arithmetic():
     weights = [3, 5, 3]
     for a, b in search.entry_exchanges(4, weights, 0):
@@ -232,7 +250,14 @@ def test_climbing_ends_when_nothing_helps():
 # The command
 
 
-ARGS = ["--steps", "5", "--images", "2", "--tries", "3", "--speedup", "2"]
+ARGS = ["--model", "tiny", "--steps", "10", "--images", "2", "--tries", "5", "--speedup", "2"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """`--model tiny`, of random weights."""
+    model = models.Model("tiny", tiny_dit(in_channels=3), "ddim", steps=4, guidance=1.5)
+    monkeypatch.setitem(models.MODELS, "tiny", lambda weights: model)
 
 
 def run(monkeypatch, *args):
@@ -245,8 +270,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     run(monkeypatch, *ARGS, "--seed", "7", "--out", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     path = tmp_path / "out" / "router.safetensors"
-    file, model = routers.load(path), models.load("digits")
-    file.check("digits", "ddim", 5, 16)
+    file, model = routers.load(path), models.load("tiny")
+    file.check("tiny", "ddim", 10, 6)
     about, schedule = file.about, file.schedule()
     assert file.logits.abs().eq(5).all() and torch.equal(schedule, file.logits > 0)
     assert about["objective"] == "search" and about["seed"] == "7"
@@ -254,20 +279,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for purpose, key in ((3, "error"), (4, "held_out_error")):
         noise = Noise(7, range(2), purpose)
         x = noise.start(model.shape)
-        condition = model.condition(noise.labels(10))
-        sampler = make_sampler("ddim", 5)
-        full = denoise(model.network, sampler, x, condition, 2.5, None, noise)
-        cached = denoise(model.network, sampler, x, condition, 2.5, cache, noise)
+        condition = model.condition(noise.labels(5))
+        sampler = make_sampler("ddim", 10)
+        full = denoise(model.network, sampler, x, condition, 1.5, None, noise)
+        cached = denoise(model.network, sampler, x, condition, 1.5, cache, noise)
         error = (cached - full).double().square().mean().item()
         assert float(about[key]) == pytest.approx(error, rel=1e-3)
         assert f"{1e3 * float(about[key]):.4g}" in printed.splitlines()[-2]
-    speedup = model.flops(5) / sample.counted_flops(model, cache)
+    speedup = model.flops(10) / sample.counted_flops(model, cache)
     assert speedup == pytest.approx(float(about["speedup"]), abs=1e-4)
     assert speedup == pytest.approx(2, rel=0.01)
     assert cache.cur == pytest.approx(float(about["cur"]), abs=1e-4)
     picture = str(tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["sample", "--router", str(path), "--steps", "5", "--out",
-                                      picture, "--num-samples", "2"])
+    monkeypatch.setattr(sys, "argv", ["sample", "--model", "tiny", "--router", str(path), "--steps",
+                                      "10", "--num-samples", "2", "--out", picture])
     command.run(sample.main)
     assert f"{speedup:.2f} x by arithmetic" in capsys.readouterr().out
 
@@ -278,7 +303,7 @@ def test_interrupted_and_resumed_it_is_bitwise_the_same(tmp_path, monkeypatch, c
     whole = (tmp_path / "whole" / "router.safetensors").read_bytes()
     said = capsys.readouterr().out.replace("whole", "parts")
     save, out = command.save_state, str(tmp_path / "parts")
-    for count in (3, 20, 12):  # measurements until Ctrl-C; the last within the local search
+    for count in (3, 54, 3):  # measurements until Ctrl-C; the last two within the local search
         left = iter(range(count))
 
         def interrupted(path, state, left=left):
@@ -333,6 +358,7 @@ def test_a_folder_that_holds_a_search_is_not_overwritten(tmp_path, monkeypatch, 
     (["--tries", "-1"], "--tries 0 or more"),
     (["--model", "letters"], "unknown model letters"),
     (["--steps", "1"], "steps must be from 2"),
+    (["--steps", "101"], "100 --steps at most"),
     (["--sampler", "euler", "--steps", "9"], "unknown sampler"),
     (["--seed", "-1"], "a seed is"),
 ])
