@@ -21,6 +21,7 @@ import copy
 import math
 
 from cache import Cache, forecast
+from proxy import squared_error
 from samplers import denoise, guided, split
 
 
@@ -55,10 +56,6 @@ def choose_items(model, noise):
     """A random label or prompt for each image of the noise: a list."""
     choices = model.prompts() or range(model.network.num_classes)
     return [choices[n] for n in noise.labels(len(choices)).tolist()]
-
-
-def squared_error(a, b):
-    return (a.double() - b.double()).square().mean().item()
 
 
 class Replay:

@@ -37,7 +37,8 @@ import models
 import router as routers
 from budget import by_branches, by_steps, even, extended, make_budget
 from cache import Cache
-from costs import Batch, Uncached, choose_items, squared_error
+from costs import Batch, Uncached, choose_items
+from proxy import squared_error
 from samplers import Noise, make_sampler, walk
 
 SEARCH, HELD_OUT = 3, 4  # the purposes of their noise
