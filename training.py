@@ -397,7 +397,7 @@ def add_flags(parser, folder):
     parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
     parser.add_argument("--micro-batch", type=int,
                         help="of them, how many in memory at once; same result (default: all)")
-    parser.add_argument("--out", type=Path, help=f"run folder (default: {folder})")
+    parser.add_argument("--out", type=command.path, help=f"run folder (default: {folder})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
 
 

@@ -394,8 +394,8 @@ def write(out, assignment, points, results, more):
 def main():
     parser = command.Parser(__doc__)
     parser.add_argument("assignment", help="the folder's name, like a2_cache")
-    parser.add_argument("submissions", type=Path, help="a folder of NAME/student.py")
-    parser.add_argument("--out", type=Path, default=Path("grades"),
+    parser.add_argument("submissions", type=command.path, help="a folder of NAME/student.py")
+    parser.add_argument("--out", type=command.path, default=Path("grades"),
                         help="writes OUT.csv and OUT.json (default: grades)")
     parser.add_argument("--times", type=command.finite, default=10,
                         help="time limit of a run, as a multiple of the solution's (10)")
