@@ -152,6 +152,8 @@ def check_writable(path):
     temporary = temporary_for(path)
     try:
         temporary.touch()
+    except OSError as error:  # its own words name the temporary file
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     clear_left_behind(path.parent)

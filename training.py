@@ -335,7 +335,8 @@ def find_state(out, settings, contents, resume):
     Raises ValueError if the folder holds a run and this one does not resume it. More iterations
     than before are no other settings: the run goes on."""
     state_file = out / "state.pt"
-    command.check_writable(state_file)  # found out now, not after the first trajectory
+    for name in ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "results.json"):
+        command.check_writable(out / name)  # found out now, not after the first trajectory
     if not state_file.exists():
         return None
     if not resume:
