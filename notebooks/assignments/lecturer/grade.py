@@ -407,7 +407,7 @@ def main():
         raise ValueError(f"--times must be from 2 to {MOST:g}, not {args.times:g}")
     if not 0 < args.memory <= MOST or (args.jobs is not None and args.jobs < 1):
         raise ValueError(f"--memory must be more than 0 and {MOST:g} at most, --jobs 1 or more")
-    if not args.out.name:
+    if args.out.name in ("", ".."):
         raise ValueError(f"--out is the beginning of a file's name, not {args.out}")
     find(args.assignment)  # a wrong name is told before a folder is made
     folders.names_in(args.submissions)
