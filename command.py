@@ -36,7 +36,10 @@ def temporary_for(path):
     """Where a file is written before it replaces `path`, in a folder that is there afterwards."""
     path = Path(path)
     check_ordinary(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OSError(f"cannot write {path}: {path.parent} is no folder") from error
     # In the same folder, because a file is only replaced at once within one file system. With the
     # same suffix, because numpy and Pillow go by it.
     return path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
@@ -149,6 +152,8 @@ def check_writable(path):
     temporary = temporary_for(path)
     try:
         temporary.touch()
+    except OSError as error:  # its own words name the temporary file
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     clear_left_behind(path.parent)
@@ -298,6 +303,11 @@ def name(text):
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError("a name, not an empty one")
     return text
+
+
+def path(text):
+    """A path as argparse reads it, but not an empty one, which would be the folder one is in."""
+    return Path(name(text))
 
 
 def seed(text):

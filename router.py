@@ -129,6 +129,7 @@ def named(name, steps, branches, seed=0):
     """`none`, `fora:N`, `fora-paper:N` or `random:CUR` -> a schedule.
     Raises ValueError for another name or a number out of range."""
     kind, _, value = name.partition(":")
+    usual = "use none, fora:N, fora-paper:N or random:CUR"
     try:
         if name == "none":
             return none(steps, branches)
@@ -137,8 +138,8 @@ def named(name, steps, branches, seed=0):
         if kind in ("fora", "fora-paper") and int(value) >= 1:
             return (fora if kind == "fora" else fora_paper)(steps, branches, int(value))
     except (ValueError, OverflowError) as error:  # the latter for random:inf
-        raise ValueError(f"schedule {name}: {error}") from error
-    raise ValueError(f"unknown schedule {name}: use none, fora:N, fora-paper:N or random:CUR")
+        raise ValueError(f"schedule {name}: {error}; {usual}") from error
+    raise ValueError(f"unknown schedule {name}: {usual}")
 
 
 # ------------------------------------------------------------------------------------------------

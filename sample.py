@@ -145,7 +145,11 @@ def continue_folder(folder, settings, items):
             raise ValueError(f"{folder} holds files that this command did not write: choose "
                              "another --out")
         return 0
-    old = {name: (folder / name).read_text(encoding="utf-8") for name in notes}
+    try:
+        old = {name: command.read_bytes(folder / name).decode() for name in notes}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no whole items.txt and settings.json ({error}): choose "
+                         "another --out") from error
     lines = old["items.txt"], notes["items.txt"]
     same = lines[0].startswith(lines[1]) or lines[1].startswith(lines[0])  # more or fewer images
     if old["settings.json"] != notes["settings.json"] or not same:
@@ -289,14 +293,16 @@ def read_flags():
     parser = command.Parser(__doc__)
     command.add_model_flags(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--router", type=Path, help="router file (default: the shipped one)")
-    which.add_argument("--schedule", help="none, fora:N, fora-paper:N or random:CUR")
+    which.add_argument("--router", type=command.path, help="router file (default: the shipped one)")
+    which.add_argument("--schedule", type=command.name,
+                       help="none, fora:N, fora-paper:N or random:CUR")
     parser.add_argument("--tau", type=command.finite, help="threshold, if not the router's own")
     command.add_forecast_flag(parser)
-    parser.add_argument("--labels", help="like 3,1,4, repeated; random; default: each in turn")
+    parser.add_argument("--labels", type=command.name,
+                        help="like 3,1,4, repeated; random; default: each in turn")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
-    shown.add_argument("--prompts", type=Path, help="a file of prompts, one a line")
+    shown.add_argument("--prompts", type=command.path, help="a file of prompts, one a line")
     parser.add_argument("--raw-captions", action="store_true",
                         help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
     parser.add_argument("--height", type=int, help="of the pictures, in pixels (as in training)")
@@ -304,9 +310,10 @@ def read_flags():
     parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
     parser.add_argument("--batch-size", type=int, default=20, help="images at once (20)")
     parser.add_argument("--compare", action="store_true", help="draw full, cached, difference")
-    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--vae", type=command.name,
+                        help="the autoencoder's weights, if not the usual file")
     parser.add_argument("--latents", action="store_true", help="write latents, not pictures")
-    parser.add_argument("--out", type=Path,
+    parser.add_argument("--out", type=command.path,
                         help=".png (grid), .npz (ADM style) or a folder, which is filled image by "
                              "image: the same command goes on where it was interrupted")
     args = parser.parse_args()

@@ -192,7 +192,8 @@ def read_flags():
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda, or the official code's (leave-one-out)")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
-    parser.add_argument("--prompts", help="a file of prompts, one a line, for a text model")
+    parser.add_argument("--prompts", type=command.name,
+                        help="a file of prompts, one a line, for a text model")
     parser.add_argument("--raw-captions", action="store_true",
                         help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
     return parser.parse_args()

@@ -340,7 +340,8 @@ def find_state(out, settings, contents, resume):
     Raises ValueError if the folder holds a run and this one does not resume it. More iterations
     than before are no other settings: the run goes on."""
     state_file = out / "state.pt"
-    command.check_writable(state_file)  # found out now, not after the first trajectory
+    for name in ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "results.json"):
+        command.check_writable(out / name)  # found out now, not after the first trajectory
     if not state_file.exists():
         return None
     if not resume:
@@ -402,7 +403,7 @@ def add_flags(parser, folder):
     parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
     parser.add_argument("--micro-batch", type=int,
                         help="of them, how many in memory at once; same result (default: all)")
-    parser.add_argument("--out", type=Path, help=f"run folder (default: {folder})")
+    parser.add_argument("--out", type=command.path, help=f"run folder (default: {folder})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
 
 

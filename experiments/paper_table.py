@@ -53,6 +53,7 @@ from cache import Cache
 from experiments.table_files import is_row, read_json, read_training
 from experiments.table_text import markdown, paper_figures, summary
 from samplers import Noise, make_sampler, sampler_name, walk
+from training import named_alike
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "table"
@@ -223,14 +224,14 @@ def measure(row, model, guidance, items, args, out, look):
     is found was measured otherwise."""
     about = {**dataclasses.asdict(row), "images": len(items), "guidance": guidance,
              "reference": args.reference, "batch_size": args.batch_size,
-             "dtype": models.dtype_name(args.dtype),
-             "noise": args.seed, "timed": TIMED, "contents": look.contents}
+             "dtype": models.dtype_name(args.dtype), "noise": args.seed, "timed": TIMED,
+             "contents": look.contents}
     known = out / "rows" / f"{row.name}.json"
     images = out / "images" / f"{row.name}.npz"
     # The uncached images are needed by every row that is still to come.
     if known.exists() and (row != look.first or images.exists()):
         values = read_json(known, is_row)
-        if values["about"] != about:
+        if named_alike(values["about"]) != about:
             raise ValueError(f"{known} was measured with other settings: choose another --out")
         return values
     schedule, order, training = schedule_of(row, model, args, out)

@@ -15,8 +15,6 @@ the errors. Steps count from 0.
 if __name__ == "__main__":
     import interrupt  # noqa: F401, before the slow imports
 
-from pathlib import Path
-
 import command
 import models
 import router as routers
@@ -45,7 +43,8 @@ def reusing(schedule, j, count):
 def main():
     parser = command.Parser(__doc__)
     parser.add_argument("--model", default="digits", help="digits (default) or emoji")
-    parser.add_argument("--router", type=Path, help="router file (default: the shipped one)")
+    parser.add_argument("--router", type=command.path,
+                        help="router file (default: the shipped one)")
     parser.add_argument("--num-samples", type=int, default=100, help="images (100)")
     parser.add_argument("--seed", type=command.seed, default=0, help="0 or more (default: 0)")
     args = parser.parse_args()

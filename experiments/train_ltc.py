@@ -212,8 +212,10 @@ def train(model, settings, out, draw, resume=False, files=()):
 def main():
     parser = command.Parser(__doc__)
     command.add_model_flags(parser)
-    parser.add_argument("--images", help="a folder of one folder a class, if not for digits")
-    parser.add_argument("--vae", help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--images", type=command.name,
+                        help="a folder of one folder a class, if not for digits")
+    parser.add_argument("--vae", type=command.name,
+                        help="the autoencoder's weights, if not the usual file")
     training.add_flags(parser, "runs/MODEL-ltc")
     args = parser.parse_args()
 

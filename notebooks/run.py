@@ -282,7 +282,7 @@ def changed(path):
 
 def main():
     parser = command.Parser(__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="files (default: all)")
+    parser.add_argument("notebooks", nargs="*", type=command.path, help="files (default: all)")
     parser.add_argument("--changed", action="store_true", help="only those that changed")
     parser.add_argument("--write", action="store_true", help="store the fresh outputs")
     args = parser.parse_args()

@@ -483,7 +483,8 @@ def test_a_grading_that_is_killed_goes_on_and_ends_with_the_same_bytes(tiny, tmp
     (["--times", "0.5"], "--times must be from 2"), (["--times", "1e300"], "--times must be"),
     (["--memory", "nan"], "a finite number"), (["--memory", "1e300"], "--memory must be"),
     (["--jobs", "0"], "--jobs 1 or more"), (["--out", "foreign"], "foreign.json is no grades"),
-    (["--out", "folder"], "it is a folder"), (["--out", "mine"], "mine.csv is no grades"),
+    (["--out", "folder"], "it is a folder"), (["--out", ".."], "beginning of a file"),
+    (["--out", "mine"], "mine.csv is no grades"),
 ])
 def test_flags_of_grading_out_of_range_end_with_2(tiny, tmp_path, flags, words):
     """--times nan once gave a right solution 0 points."""

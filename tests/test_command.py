@@ -223,7 +223,7 @@ def test_check_writable_refuses_a_folder_and_what_lies_under_a_file(tmp_path):
     with pytest.raises(OSError, match="it is a folder"):
         command.check_writable(tmp_path)
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match="cannot write .*samples.png: .*file is no folder"):
         command.check_writable(tmp_path / "file" / "samples.png")
     with pytest.raises(OSError, match="file"):
         command.check_writable(tmp_path / "file" / "deeper" / "samples.png")
@@ -341,7 +341,9 @@ def test_numbers_that_are_none_are_refused(text):
 def test_empty_names_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         command.name(text)
-    assert command.name("ddim:0.5") == "ddim:0.5"
+    with pytest.raises(argparse.ArgumentTypeError):
+        command.path(text)
+    assert command.name("ddim:0.5") == "ddim:0.5" and command.path("a/b") == Path("a/b")
 
 
 @pytest.mark.parametrize("error", (

@@ -4,8 +4,10 @@ import copy
 import dataclasses
 import functools
 import io
+import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -961,7 +963,21 @@ def test_numbers_out_of_range_are_refused_at_once(refused, flags, words):
     assert words in error
 
 
-@pytest.mark.parametrize("flag", ("--sampler", "--dtype", "--device", "--weights"))
+@pytest.mark.parametrize("kind", ("bytes", "folder", "pipe", "none"))
+def test_a_folder_whose_notes_cannot_be_read_is_left_alone(refused, tmp_path, kind):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}\n")
+    make = {"bytes": lambda path: path.write_bytes(b"\xff"), "folder": Path.mkdir,
+            "pipe": os.mkfifo, "none": lambda path: None}
+    make[kind](folder / "items.txt")
+    error = refused("--schedule", "none", "--out", "x")
+    assert_one_line(error)
+    assert "x has no whole items.txt and settings.json" in error and "another --out" in error
+
+
+@pytest.mark.parametrize("flag", ("--sampler", "--dtype", "--device", "--weights", "--schedule",
+                                  "--router", "--labels", "--vae", "--prompts", "--out"))
 def test_names_are_not_empty(refused, flag):
     error = refused(flag, "")
     assert_one_line(error)

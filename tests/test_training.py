@@ -377,6 +377,14 @@ def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, tiny_run):
         train_stepwise.train(tiny_model(), tiny_settings(iterations=20), out, resume=True)
 
 
+def test_a_folder_in_place_of_any_file_of_a_run_is_found_before_the_first(tmp_path):
+    for name in ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "results.json"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(OSError, match=f"cannot write .*{name}: it is a folder"):
+            train_stepwise.train(tiny_model(), tiny_settings(), tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
 def test_equal_settings_in_other_words_go_on(tmp_path, tiny_run):
     """The same bits, also from a state that was saved in the other words."""
     out = tmp_path / "run"

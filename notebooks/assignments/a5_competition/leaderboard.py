@@ -227,7 +227,8 @@ def table(rows, refused):
 
 def main():
     parser = command.Parser(__doc__)
-    parser.add_argument("submissions", type=Path, nargs="?", help="a folder of NAME/student.py")
+    parser.add_argument("submissions", type=command.path, nargs="?",
+                        help="a folder of NAME/student.py")
     parser.add_argument("--images", type=int, default=200, help="for FID and the error (200)")
     parser.add_argument("--seed", type=command.seed, default=0, help="of the noise (0)")
     parser.add_argument("--seconds", type=command.finite, default=30,

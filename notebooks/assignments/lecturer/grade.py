@@ -394,8 +394,8 @@ def write(out, assignment, points, results, more):
 def main():
     parser = command.Parser(__doc__)
     parser.add_argument("assignment", help="the folder's name, like a2_cache")
-    parser.add_argument("submissions", type=Path, help="a folder of NAME/student.py")
-    parser.add_argument("--out", type=Path, default=Path("grades"),
+    parser.add_argument("submissions", type=command.path, help="a folder of NAME/student.py")
+    parser.add_argument("--out", type=command.path, default=Path("grades"),
                         help="writes OUT.csv and OUT.json (default: grades)")
     parser.add_argument("--times", type=command.finite, default=10,
                         help="time limit of a run, as a multiple of the solution's (10)")
@@ -407,7 +407,7 @@ def main():
         raise ValueError(f"--times must be from 2 to {MOST:g}, not {args.times:g}")
     if not 0 < args.memory <= MOST or (args.jobs is not None and args.jobs < 1):
         raise ValueError(f"--memory must be more than 0 and {MOST:g} at most, --jobs 1 or more")
-    if not args.out.name:
+    if args.out.name in ("", ".."):
         raise ValueError(f"--out is the beginning of a file's name, not {args.out}")
     find(args.assignment)  # a wrong name is told before a folder is made
     folders.names_in(args.submissions)

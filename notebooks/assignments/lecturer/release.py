@@ -196,7 +196,8 @@ def make(out):
 
 def main():
     parser = command.Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("release.zip"), help="(release.zip)")
+    parser.add_argument("--out", type=command.path, default=Path("release.zip"),
+                        help="(release.zip)")
     args = parser.parse_args()
     if args.out.suffix != ".zip":
         raise ValueError(f"--out is a NAME.zip, not {args.out}")
