@@ -46,8 +46,7 @@ class Cache:
     `order` of the forecast: 0 repeats the last output, 1 or 2 goes on with its change.
     Attributes: `computed` and `reused`, lists of K counts of what really happened; `bytes`, what
     the cache holds now, and `peak_bytes`, the most it ever held.
-    Raises ValueError for another kind of schedule or order, or if the steps do not follow one
-    another.
+    Raises ValueError for another schedule or order, or if steps do not follow one another.
     """
 
     def __init__(self, schedule, order=0):

@@ -50,7 +50,7 @@ def measure(network, sampler, x, condition, guidance, scores, tau, noise=None,
                       sampler.guidance_channels)
 
     forks = []  # forks[i - 1]: the x_0 reached when row i is masked (cumulative: rows i and later)
-    errors = [0.0]
+    errors = []
     for i in range(T):
         if i > 0:
             masked = scores.clone()
@@ -62,8 +62,7 @@ def measure(network, sampler, x, condition, guidance, scores, tau, noise=None,
             after = twin.step(teacher, i, x, noise)
             forks.append(denoise(network, twin, after, condition, guidance, fork, noise, i + 1))
         student = predict(i, cache)
-        if i > 0:
-            errors.append(squared_error(student, teacher))
+        errors.append(squared_error(student, teacher) if i > 0 else 0.0)
         x = sampler.step(student, i, x, noise)
 
     compared = [x] * (T - 1) if variant == "leave-one-out" else [*forks[1:], x]

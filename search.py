@@ -251,7 +251,8 @@ def read_flags():
                         help="images to search on, and as many held out (24; official models: 8)")
     parser.add_argument("--tries", type=int, default=30,
                         help="exchanges of steps that the local search tries, and of entries (30)")
-    parser.add_argument("--out", type=command.path, help="folder (default: runs/search-MODEL-2x and such)")
+    parser.add_argument("--out", type=command.path,
+                        help="folder (default: runs/search-MODEL-2x and such)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the search in --out, if any")
     args = parser.parse_args()

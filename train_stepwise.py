@@ -127,11 +127,12 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
 def measure_weights(model, router, chunks, guidance, tau, variant, objective="iepo", order=0):
     """The objective's weight of each step's error, from a batch in chunks: -> list of T floats."""
     scores = torch.sigmoid(router.logits())
-    lambda_ = mse = 0
+    both = 0
     for chunk in chunks:
-        part = proxy.measure(model.network, chunk.sampler, chunk.x, chunk.condition, guidance,
-                             scores, tau, chunk.noise, variant, order)
-        lambda_, mse = lambda_ + chunk.share * part[0], mse + chunk.share * part[1]
+        both = both + chunk.share * proxy.measure(
+            model.network, chunk.sampler, chunk.x, chunk.condition, guidance, scores, tau,
+            chunk.noise, variant, order)
+    lambda_, mse = both  # each (T,)
     return (lambda_ if objective == "iepo" else proxy.sensitivity(lambda_, mse)).tolist()
 
 
@@ -186,8 +187,7 @@ def read_flags():
     training.add_flags(parser, "runs/MODEL")
     training.add_start_flag(parser)
     parser.add_argument("--objective", choices=["iepo", "sensitivity", "ltc"], default="iepo",
-                        help="iepo weights each step's error by lambda, sensitivity by lambda / "
-                             "MSE, ltc does not (iepo)")
+                        help="the weight of a step's error: lambda, lambda / MSE, or 1 (iepo)")
     command.add_forecast_flag(parser, default=0)
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda, or the official code's (leave-one-out)")
