@@ -314,7 +314,8 @@ def make_sampler(name, steps):
         if kind == "ddim":
             return DDIM(steps, float(eta) if colon else 0.0)
     except ValueError as error:
-        raise ValueError(f"sampler {name}: {error}; use ddim:ETA, ETA from 0 to 1") from error
+        hint = "; use ddim:ETA, ETA from 0 to 1" if colon else ""
+        raise ValueError(f"sampler {name}: {error}{hint}") from error
     if name in SAMPLERS:
         return SAMPLERS[name](steps)
     raise ValueError(
