@@ -325,12 +325,12 @@ def make_sampler(name, steps):
 
 
 def sampler_name(name):
-    """The one name of a sampler, however it was written: ddim:0 is ddim, ddim:1 ddim:1.0."""
+    """The one name of a sampler, however it was written: ddim:0 is ddim, ddim:1.0 ddim:1."""
     kind, _, eta = name.partition(":")
     try:
         if kind != "ddim" or not eta:
             return name
-        return f"{kind}:{float(eta)}" if float(eta) else kind
+        return f"{kind}:{float(eta)}".removesuffix(".0") if float(eta) else kind
     except ValueError:  # no number: `make_sampler` says so
         return name
 

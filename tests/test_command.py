@@ -236,7 +236,7 @@ def test_check_writable_refuses_a_folder_without_permission(tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(command.Path, "touch", touch)  # as root, permissions stop nobody
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match="cannot write .*samples.png: Permission denied"):
         command.check_writable(tmp_path / "samples.png")
     assert names(tmp_path) == []
 

@@ -54,6 +54,7 @@ def test_training_on_prompts_resumes_bitwise(model, name, tmp_path, monkeypatch)
         model="tiny", weights=None, sampler=name, steps=T, guidance=SCALE, seed=0, dtype=None,
         beta=1e-3, objective="iepo", proxy="leave-one-out", tau=TAU, lr=0.5, iterations=3 * T,
         lambda_every=2 * T, batch_size=3, micro_batch=2, prompts=None, target_cur=None, start=None,
+        forecast=0,
     )
     train_stepwise.train(model, settings, tmp_path / "whole", prompts=PROMPTS)
     save_state = command.save_state
