@@ -1,6 +1,6 @@
 """The best schedule for a budget: searched, without training and without images.
 
-    python search.py --model emoji --speedup 2       # or --cur 0.5; under 3 minutes on two cores
+    python search.py --model emoji --speedup 2       # or --cur 0.5; 4 to 5 minutes of one core
     python search.py --speedup 2.5 --forecast 1      # by default all orders are tried: 0, 1, 2
     python sample.py --router runs/search-emoji-2x/router.safetensors --model emoji
 
@@ -39,7 +39,7 @@ from budget import by_branches, by_steps, even, extended, make_budget
 from cache import Cache
 from costs import Batch, Uncached, choose_items
 from proxy import squared_error
-from samplers import Noise, make_sampler, walk
+from samplers import Noise, make_sampler, sampler_name, walk
 
 SEARCH, HELD_OUT = 3, 4  # the purposes of their noise
 ORDERS = (0, 1, 2)  # of the forecast
@@ -270,7 +270,8 @@ def read_flags():
 def settings_of(args, model, device):
     """All that the result depends on: a dict."""
     return {
-        "version": VERSION, "model": args.model, "sampler": args.sampler or model.sampler,
+        "version": VERSION, "model": args.model,
+        "sampler": sampler_name(args.sampler or model.sampler),
         "steps": model.steps if args.steps is None else args.steps,
         "guidance": model.guidance if args.guidance is None else args.guidance,
         "speedup": args.speedup, "cur": args.cur, "forecast": args.forecast, "seed": args.seed,
@@ -283,7 +284,11 @@ def settings_of(args, model, device):
 def find_values(path, settings, resume):
     """The numbers that an interrupted search has measured, or none if there is no such search.
     Raises ValueError if it is not to be resumed, or is another one, or its file is damaged."""
-    command.check_writable(path)
+    router = path.with_name("router.safetensors")
+    for file in (path, router):
+        command.check_writable(file)  # found out now, not after the search
+    if not path.exists() and router.exists():
+        raise ValueError(f"{router} is of no search: choose another --out")
     if not path.exists():
         return []
     if not resume:

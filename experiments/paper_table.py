@@ -146,7 +146,9 @@ def find_router(row, args, out):
     if not learning_to_cache:
         flags += ["--guidance", args.guidance]
     for key in ("weights", "device", "dtype", "prompts"):
-        if getattr(args, key) is not None and (key, module) != ("prompts", "search"):
+        if key == "prompts" and module == "search":
+            continue  # it draws from the model's own
+        if getattr(args, key) is not None:
             flags += [f"--{key}", from_anywhere(getattr(args, key))]
     print(f"training {row.name}")
     done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT)
@@ -333,7 +335,8 @@ def read_speedups(text):
         speedups = [float(part) for part in text.split(",")] if text else []
     except ValueError:
         speedups = [0]
-    if not all(1 < speedup < 1000 for speedup in speedups) or len(set(speedups)) < len(speedups):
+    names = {f"{speedup:g}" for speedup in speedups}  # as in the names of rows
+    if not all(1 < speedup < 1000 for speedup in speedups) or len(names) < len(speedups):
         raise ValueError(f"--speedups takes numbers above 1, each once, like 1.5,2, not {text}")
     return speedups
 
@@ -367,6 +370,10 @@ def load_model(args):
     if max(args.curs) > 1 - 1 / args.steps:
         raise ValueError(f"--curs: of T = {args.steps} steps the first computes everything, so a "
                          f"CUR is {100 - 100 / args.steps:.4g} % at most")
+    for speedup in args.speedups:  # one that cannot be reached is found now
+        asked = budget.make_budget(model, args.steps, speedup)
+        asked.check(budget.even(args.steps, asked))
+        make_sampler(args.sampler, round(args.steps / speedup))
     prompts = shipped.read_prompts(args.prompts) if args.prompts else None
     items = model.items(args.num_samples, prompts)
     device = models.find_device(args.device)

@@ -247,6 +247,7 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
     (["--prompts", "words.txt"], "takes labels, not prompts"),
     (["--methods", "random;random"], "name everything once"), (["--curs", "40,40"], "name every"),
     (["--speedups", "1,2"], "--speedups takes"), (["--speedups", "2,2"], "--speedups takes"),
+    (["--speedups", "2,2.0000001"], "--speedups takes"), (["--speedups", "9"], "at most 2.9"),
     (["--speedups", "nan"], "--speedups takes"), (["--curs", "nan"], "--curs takes"),
     (["--curs", "66.7"], "a CUR is 66.67 % at most"),
     (["--curs", "40,40.00000001"], "name every"), (["--methods", ""], "a name, not an empty one"),

@@ -343,6 +343,19 @@ def test_a_folder_that_holds_a_search_is_not_overwritten(tmp_path, monkeypatch, 
         assert "not a state of a search" in capsys.readouterr().err
 
 
+def test_a_router_of_no_search_is_left_alone(tmp_path, monkeypatch, capsys):
+    """Somebody's own router in --out, or a folder of its name, is found before the search."""
+    trained = tmp_path / "mine" / "router.safetensors"
+    trained.parent.mkdir()
+    trained.write_bytes(b"trained for a day")
+    (tmp_path / "folder" / "router.safetensors").mkdir(parents=True)
+    for out, words in (("mine", "is of no search"), ("folder", "it is a folder")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *ARGS, "--out", str(tmp_path / out), "--resume")
+        assert words in capsys.readouterr().err
+    assert trained.read_bytes() == b"trained for a day"
+
+
 @pytest.mark.parametrize("args, words", [
     (["--speedup", "0.9"], "--speedup must be above 1"),
     (["--speedup", "1"], "--speedup must be above 1"),
