@@ -7,7 +7,9 @@ x_0 is generated with the router as it stands. x_0^(i) is generated with row i o
 multiplied by the mask M(i), which makes them exactly 1: no reuse at step i. All passes run without
 gradients, from the same noise, with the training-time soft cache. This is the paper's leave-one-out
 proxy. The official code measures another one, here `cumulative`: W(i) is generated with the rows up
-to i as they stand and all later rows at 1, and lambda(i) = mean (W(i) - W(i - 1))^2.
+to i as they stand and all later rows at 1, and lambda(i) = mean (W(i) - W(i - 1))^2. That mean is
+over both halves of the guided batch, so also over the fourth channel of DiT's null half, which is
+not guided and which the network never sees. The published betas belong to this lambda.
 
 Masking row i (or all rows from i on) changes nothing before step i. So each masked run is forked
 off the unmasked run at step i: T + T (T - 1) / 2 evaluations instead of T * T, with bitwise the
@@ -26,7 +28,7 @@ import copy
 import torch
 
 from cache import SoftCache
-from samplers import denoise, guided
+from samplers import Noise, denoise, guided
 
 
 @torch.no_grad()
@@ -42,6 +44,9 @@ def measure(network, sampler, x, condition, guidance, scores, tau, noise=None,
     if variant not in ("leave-one-out", "cumulative"):
         raise ValueError(f"unknown proxy {variant}: use leave-one-out or cumulative")
     T = len(sampler.timesteps)
+    if variant == "cumulative":  # both halves, with the same noise
+        x = torch.cat([x, x])
+        noise = noise and Noise(noise.seed, 2 * noise.numbers, noise.purpose)
     sampler = copy.copy(sampler)  # so that the caller's keeps its own history
     cache = SoftCache(scores.__getitem__, tau, order)
 

@@ -323,7 +323,6 @@ def make_sampler(name, steps):
     )
 
 
-
 def sampler_name(name):
     """The one name of a sampler, however it was written: ddim:0 is ddim, ddim:1.0 ddim:1."""
     kind, _, eta = name.partition(":")
@@ -345,9 +344,11 @@ def guided(network, x, t, condition, scale, cache=None, channels=math.inf):
     guidance_channels, channels) channels; the rest is returned unguided. Both limits exist because
     the official DiT guides 3 of 4 channels, and the official DPM-Solver++ all.
 
-    x (B, C, H, W), t a number, condition a tuple for 2 B rows -> (2 B, C_out, H, W).
+    x (B, C, H, W), t a number, condition a tuple for 2 B rows -> (2 B, C_out, H, W). An x of 2 B
+    rows is both halves of a batch; the network sees the first, as in the official code.
     """
-    x = torch.cat([x, x])
+    half = x[: len(condition[0]) // 2]
+    x = torch.cat([half, half])
     t = torch.full((len(x),), t, device=x.device)
     output = network(x, t, *condition, cache=cache)
     channels = min(network.guidance_channels, channels)

@@ -38,9 +38,9 @@ SAMPLERS = {
 }
 
 
-def case(seed):
+def case(seed, **changes):
     """A network, and the arguments x, condition, scores and noise of a measurement."""
-    network = tiny_dit(seed)
+    network = tiny_dit(seed, **changes)
     noise = Noise(seed, range(10, 10 + B), purpose=2)
     x = noise.start((network.in_channels, network.input_size, network.input_size))
     condition = network.condition(noise.labels(network.num_classes))
@@ -52,8 +52,9 @@ def measure(network, sampler, x, condition, scores, noise, variant="leave-one-ou
     return proxy.image_error(network, sampler, x, condition, SCALE, scores, TAU, noise, variant)
 
 
-def trajectory(network, sampler, x, condition, scores, noise):
-    """x_T to x_0 with the soft cache, every score as given: all of it in one place."""
+def trajectory(network, sampler, x, condition, scores, noise, halves=1):
+    """x_T to x_0 with the soft cache, every score as given: all of it in one place. With 2 `halves`
+    the whole guided batch goes along, as in the official code's forward_with_cfg."""
     kept = {}
     for i, t in enumerate(sampler.timesteps):
 
@@ -64,21 +65,26 @@ def trajectory(network, sampler, x, condition, scores, noise):
                 kept[k] = output
             return output
 
-        both = network(torch.cat([x, x]), torch.full((2 * B,), t), *condition, cache=mixed)
-        C = network.in_channels
+        half = x[:B]
+        both = network(torch.cat([half, half]), torch.full((2 * B,), t), *condition, cache=mixed)
+        C = min(network.guidance_channels, sampler.guidance_channels)
         cond, null = both[:B, :C], both[B:, :C]
         eps = null + SCALE * (cond - null)
-        x = sampler.step(torch.cat([eps, both[:B, C:]], dim=1), i, x, noise)
+        guided = torch.cat([torch.cat([eps, eps]), both[:, C:]], dim=1)
+        x = sampler.step(guided[: halves * B], i, x, noise)
     return x
 
 
-def naive(network, make, x, condition, scores, noise, variant):
+def naive(network, make, x, condition, scores, noise, variant, halves=None):
     """lambda from T whole trajectories. M(i) makes the scores it masks exactly 1."""
+    halves = halves or (2 if variant == "cumulative" else 1)
+    noise = Noise(noise.seed, halves * noise.numbers, noise.purpose)
 
     def x0(masked_rows):
         masked = scores.clone()
         masked[masked_rows] = 1
-        return trajectory(network, make(), x, condition, masked, noise)
+        start = torch.cat([x] * halves)
+        return trajectory(network, make(), start, condition, masked, noise, halves)
 
     lambda_ = [0.0]
     for i in range(1, T):
@@ -101,6 +107,15 @@ def test_forked_is_bitwise_what_whole_trajectories_give(sampler, variant, seed):
     assert lambda_.shape == (T,) and lambda_.dtype == torch.float64
     assert lambda_[0] == 0 and (lambda_[1:] > 0).all()
     assert lambda_.tolist() == naive(network, make, x, condition, scores, noise, variant)
+
+
+def test_cumulative_counts_the_null_halfs_unguided_channel_as_the_official_code_does():
+    network, x, condition, scores, noise = case(0, in_channels=4)
+    lambda_ = measure(network, DDIM(T), x, condition, scores, noise, "cumulative").tolist()
+    both, image = (naive(network, SAMPLERS["ddim"], x, condition, scores, noise, "cumulative", n)
+                   for n in (2, 1))
+    assert lambda_ == both
+    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(both[1:], image[1:], strict=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
