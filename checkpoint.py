@@ -1,7 +1,7 @@
 """Files of weights, and the official codes' router files, read without running code from them.
 
-    state = checkpoint.read("DiT-XL-2-256x256.pt")
-    network.load_state_dict(checkpoint.fitted(state, network, "DiT-XL-2-256x256.pt"))
+    state, file = checkpoint.read_transformer("DiT-XL-2-256x256.pt")   # or a folder of diffusers
+    network.load_state_dict(checkpoint.fitted(state, network, file))
     logits, about = checkpoint.read_official_router("ckpt.pt")   # router.load does this for a .pt
 
 Weights fit strictly: every name and shape is the network's own, after the translation of the names
@@ -9,8 +9,8 @@ that the library diffusers has for them.
 """
 
 import argparse
-import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -18,28 +18,50 @@ import torch
 from safetensors.torch import load_file
 
 import command
+import layout
+from layout import few
 
 # ------------------------------------------------------------------------------------------------
 # Weights
 
 
+AVERAGED = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model")
+LAST = ("state_dict", "model", "module")  # of the last training step
+
+
 def read(path):
-    """The tensors by name of a `.safetensors` file, or of a file that torch saved (`.pt`, `.pth`,
-    `.bin`, `.ckpt`), whose state dict is bare or under `ema`, `state_dict` or `model`. What
-    wrappers put before every name is taken off.
+    """The tensors by name of a `.safetensors` file, of a file that torch saved (`.pt`, `.pth`,
+    `.bin`, `.ckpt`), or of all the shards of an index (`.json`). What torch saved may be the state
+    dict itself, or hold it under one of AVERAGED or LAST: an average of the weights is better than
+    the last ones. What wrappers put before every name is taken off.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix == ".json":
+        return without_prefix(read_shards(path))
+    state = read_file(path)
+    held = [key for key in (*AVERAGED, *LAST) if isinstance(state, dict)
+            and isinstance(state.get(key), dict)]
+    if held and held[0] in AVERAGED and held[-1] in LAST:
+        tell_of_average(path, held[0])
+    state = state[held[0]] if held else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state dict: not bare, under `ema`, `state_dict` or "
+                         "`model`")
+    return without_prefix({str(key): value for key, value in state.items()})
+
+
+def read_file(path):
+    """What one file holds, whatever it is. Raises ValueError if it is damaged."""
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            mmap = zipfile.is_zipfile(path)  # torch cannot map the format it had before 1.6
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the flags, as in DiT's
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return load_file(path)
+        mmap = zipfile.is_zipfile(path)  # torch cannot map the format it had before 1.6
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the flags, as in DiT's
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not a whole checkpoint, or holds objects that only running "
                          f"code could read{unsafe_names(path)}: use a .safetensors file"
@@ -47,14 +69,62 @@ def read(path):
     except Exception as error:  # a damaged file fails in many ways
         reason = command.one_line(error) or type(error).__name__
         raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-    for key in ("ema", "state_dict", "model"):  # an average of the weights is better than the last
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state dict: not bare, under `ema`, `state_dict` or "
-                         "`model`")
-    return without_prefix({str(key): value for key, value in state.items()})
+
+
+def read_shards(index):
+    """The tensors of all shards, by name. Raises ValueError if a shard holds other tensors than
+    the index says, and as `read` and `layout.shards` do."""
+    whole = {}
+    for file, names in layout.shards(index).items():
+        state = read_file(file)
+        if not isinstance(state, dict):
+            raise ValueError(f"{file} holds no state dict")
+        twice = sorted(whole.keys() & state.keys())
+        if twice:
+            raise ValueError(f"{file} holds {few('', twice)}, which another shard holds too")
+        problems = [few("has no", sorted(names - state.keys())),
+                    few("has also", sorted(state.keys() - names))]
+        if any(problems):
+            raise ValueError(f"{file} is not the shard that {Path(index).name} names: it "
+                             + ", it ".join(filter(None, problems)))
+        whole |= state
+    return whole
+
+
+def read_transformer(path):
+    """The weights of a DiT or PixArt, from a file (see `read`) or a folder (see `layout.find`).
+    Averaged weights are also found by what stands before their names, beside the last ones.
+    -> the tensors by name, and the file that they are from."""
+    file = layout.find(path, "transformer")
+    state = read(file)
+    for prefix in ("model_ema.", "ema_model.", "ema."):
+        found = [name.startswith(prefix) for name in state]
+        if any(found):
+            if not all(found):
+                tell_of_average(file, prefix)
+            return averaged(state, prefix), file
+    return state, file
+
+
+def averaged(state, prefix):
+    """Of a state dict with averaged weights under `prefix` and the last ones beside them, those
+    averaged. Some trainers leave the dots out of their names, and take no average of what is not
+    trained."""
+    last = {name.removeprefix("model."): value for name, value in state.items()
+            if not name.startswith(prefix)}
+    dotted = {name.replace(".", ""): name for name in last}
+    average = {name[len(prefix):]: value for name, value in state.items()
+               if name.startswith(prefix)}
+    average = without_prefix({dotted.get(name, name): value for name, value in average.items()
+                              if name not in ("decay", "num_updates", "initted", "step")})
+    fixed = {name: value for name, value in without_prefix(last).items()
+             if name in ("pos_embed", "y_embedder.y_embedding")}
+    return {**fixed, **average}
+
+
+def tell_of_average(path, name):
+    warnings.warn(f"{path} holds averaged weights, `{name}`, beside the last ones: the averaged "
+                  "are used", stacklevel=3)
 
 
 def unsafe_names(path):
@@ -67,7 +137,7 @@ def unsafe_names(path):
 
 
 # DistributedDataParallel's, torch.compile's, ComfyUI's, and attributes that people give a network
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "model.", "net.")
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "model.", "net.")
 
 
 def without_prefix(state):
@@ -108,12 +178,6 @@ def fitted(state, network, path):
     return from_diffusers(state, network) if diffusers else state
 
 
-def few(word, names):
-    """Up to three names after a word, and how many more there are; '' if there are none."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{word} {', '.join(names[:3])}{more}".strip() if names else ""
-
-
 def check_weight(value, name):
     """Raises ValueError for what cannot be a weight."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -143,15 +207,8 @@ def check_resolution(state, network, path):
         if len(shape) == 3 and shape[1] != tokens:
             raise ValueError(f"{path} is for pictures of {shape[1]} tokens, this network for "
                              f"{tokens}: it was trained at another resolution")
-    config = Path(path).with_name("config.json")
-    if "pos_embed.proj.weight" in state and config.is_file():
-        try:
-            size = json.loads(command.read_bytes(config)).get("sample_size", side)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is not diffusers' config.json: {error}") from error
-        if size != side:
-            raise ValueError(f"{path} is for sides of {size}, by its config.json, this network for "
-                             f"{side}: it was trained at another resolution")
+    if "pos_embed.proj.weight" in state or Path(path).name.startswith(layout.STEM):
+        layout.check_config(path, network)
 
 
 # ------------------------------------------------------------------------------------------------

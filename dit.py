@@ -302,12 +302,14 @@ def initialize(network):
 
 
 def read_weights(path, network):
-    """Reads a checkpoint for `network`, with the official names or in the layout of diffusers.
-    -> a state dict with exactly the network's keys and shapes.
+    """Reads a checkpoint for `network`, with the official names or in the layout of diffusers, of
+    which `path` may also be a folder. -> a state dict with exactly the network's keys and shapes.
 
-    Raises FileNotFoundError, or ValueError that names every missing, unexpected and misshapen key.
+    Raises FileNotFoundError, or ValueError that names the first missing, unexpected and misshapen
+    keys, as `checkpoint.read_transformer` and `checkpoint.fitted` do.
     """
-    state = checkpoint.fitted(checkpoint.read(path), network, path)
+    state, file = checkpoint.read_transformer(path)
+    state = checkpoint.fitted(state, network, file)
     N, D = network.pos_embed.shape[1:]
     # The position embedding is fixed. Files of diffusers do not hold it.
     return {"pos_embed": position_embedding(D, math.isqrt(N))[None], **state}

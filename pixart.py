@@ -344,13 +344,14 @@ def initialize(network):
 
 
 def read_weights(path, network):
-    """Reads a checkpoint for `network`: official, or in the layout of diffusers, which lacks the
-    null caption (see `PixArt.condition`). -> a state dict with exactly the network's keys.
+    """Reads a checkpoint for `network`: official, or in the layout of diffusers, of which `path`
+    may also be a folder; it lacks the null caption (see `PixArt.condition`). -> a state dict with
+    exactly the network's keys.
 
     Raises FileNotFoundError, or ValueError: for the weights of another PixArt, and as
     `checkpoint.fitted`.
     """
-    state = checkpoint.read(path)
+    state, path = checkpoint.read_transformer(path)
     # PixArt-alpha's own files in the layout of diffusers hold the null caption after all.
     if "caption_projection.y_embedding" in state:
         state["y_embedder.y_embedding"] = state.pop("caption_projection.y_embedding")

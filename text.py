@@ -28,7 +28,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import command
 import hub
@@ -125,12 +124,13 @@ def encode_each(
     then `encode` on one batch at a time.
 
     Args:
-        model: a name at Hugging Face or a folder.
+        model: a name at Hugging Face, or a folder, also that of a pipeline of diffusers, with
+            text_encoder/ and tokenizer/ in it.
         max_length: tokens at most, with the closing </s> that T5 was trained with: 120 for
             PixArt-alpha, 300 for Sigma. The end of a longer prompt is cut, with a warning when it
             is encoded.
-        device: by default cuda if there is one.
-        dtype: of the encoder, by default bfloat16 on cuda and float32 on the CPU.
+        device: by default the first of cuda, mps and cpu that there is.
+        dtype: of the encoder, by default bfloat16 on a GPU and float32 on the CPU.
         file: a .safetensors file (see `read_kept`). New features are added to it; if the encoding
             is interrupted, what was done is kept.
         clean: apply `clean_caption`, as the official code of PixArt-alpha does. Without it prompts
@@ -195,7 +195,7 @@ def prepare(prompt, clean):
 def run_t5(texts, model, max_length, device=None, dtype=None, batch_size=8):
     """Yields the features (n, C) of each text, on the CPU, in the encoder's dtype."""
     tokenizer, encoder, device = place_t5(model, device, dtype)
-    for first in tqdm(range(0, len(texts), batch_size), "T5", unit="batch", disable=None):
+    for first in command.progress(range(0, len(texts), batch_size), desc="T5", unit="batch"):
         tokens = [tokenize(tokenizer, t, max_length) for t in texts[first : first + batch_size]]
         lengths = [len(ids) for ids in tokens]
         # Padded to the longest of the batch, not to L: on a CPU 120 tokens take ten times as long.
@@ -221,7 +221,7 @@ def tokenize(tokenizer, text, max_length):
 def place_t5(model, device, dtype):
     """-> the tokenizer, the encoder on its device, the device. Defaults are those of
     `encode_each`."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or command.devices()[0])
     usual = torch.float32 if device.type == "cpu" else torch.bfloat16
     tokenizer, encoder = load_t5(model, dtype or usual)
     return tokenizer, encoder.eval().to(device), device
@@ -260,9 +260,11 @@ def load_t5(model, dtype):
 def load_parts(model, dtype, tokenizer, encoder):
     """The tokenizer and the encoder by their classes: from a folder or the cache, which take no
     network, else from the hub, if it answers."""
+    words, layers = places_of(model)
+
     def load(**flags):
-        return (tokenizer.from_pretrained(model, **flags),
-                encoder.from_pretrained(model, dtype=dtype, **flags))
+        return (tokenizer.from_pretrained(words, **flags),
+                encoder.from_pretrained(layers, dtype=dtype, **flags))
 
     try:
         return load(local_files_only=True)
@@ -273,10 +275,17 @@ def load_parts(model, dtype, tokenizer, encoder):
     return load()
 
 
+def places_of(model):
+    """Where the tokenizer and the encoder are: two folders of a pipeline, or both in one place."""
+    if (Path(model) / "text_encoder").is_dir():
+        return Path(model) / "tokenizer", Path(model) / "text_encoder"
+    return model, model
+
+
 def missing_modules(model):
     """What T5's own tokenizer file, spiece.model, needs and is not installed, by the names for pip.
     A folder may hold another, tokenizer.json."""
-    folder, missing = Path(model), []
+    folder, missing = Path(places_of(model)[0]), []
     if folder.exists() and ((folder / "tokenizer.json").exists()
                             or not (folder / "spiece.model").exists()):
         return missing
@@ -292,6 +301,8 @@ def free_memory(device):
     """Returns the memory of deleted tensors to the GPU; torch would keep it for itself."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import layout
 
 # ------------------------------------------------------------------------------------------------
 # Layers
@@ -351,13 +352,17 @@ def our_name(key, levels):
 
 def read_weights(path, network):
     """Reads a checkpoint in `.safetensors` or torch's own format, in any layout that `our_name`
-    knows -> a state dict with exactly the keys and shapes of `network`.
+    knows, or a folder of diffusers (`layout.find`) -> a state dict with exactly the keys and
+    shapes of `network`.
 
     From a file of the whole Stable Diffusion model it takes the part `first_stage_model`. It skips
     what training left in a file (`loss.`, `model_ema.`). Raises FileNotFoundError, or ValueError
     that names the first five keys that are missing, unexpected, doubled or of another shape, or
-    the first that is no weight (see `checkpoint.check_weight`).
+    the first that is no weight (see `checkpoint.check_weight`), or a config.json that does not fit.
     """
+    path = layout.find(path, "vae")
+    if path.name.startswith(layout.STEM):
+        layout.check_config(path, network)
     state, part = checkpoint.read(path), "first_stage_model."
     state = {key.removeprefix(part): state[key] for key in state if key.startswith(part)} or state
     expected, weights, problems = network.state_dict(), {}, []

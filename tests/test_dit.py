@@ -479,6 +479,55 @@ def test_a_checkpoint_of_dits_own_training_gives_its_average(tmp_path):
         dit.read_weights(save(tmp_path / "n.pt", {**content, "loss": np.float64(1)}), network)
 
 
+def litema(state):
+    """The names that Stable Diffusion's trainer gives its average: "model.", without the dots, and
+    without the embedding, which is not trained."""
+    last = {f"model.{key}": value for key, value in state.items()}
+    average = {f"model_ema.{key.replace('.', '')}": value + 1 for key, value in state.items()
+               if key != "pos_embed"}
+    return {**last, **average, "model_ema.decay": torch.ones(()),
+            "model_ema.num_updates": torch.tensor(3)}
+
+
+BESIDE = {  # files with averaged weights, 1 above the last ones
+    "ema": lambda last, average: {"model": last, "ema": average},
+    "state_dict_ema": lambda last, average: {"state_dict": last, "state_dict_ema": average,
+                                             "epoch": 3},
+    "ema_state_dict": lambda last, average: {
+        "state_dict": last, "ema_state_dict": {f"module.{k}": v for k, v in average.items()}},
+    "model_ema": lambda last, average: {"module": last, "model_ema": average},
+    "model_ema.": lambda last, average: {"state_dict": litema(last)},
+    "ema_model.": lambda last, average: {
+        **{f"model.{k}": v for k, v in last.items()}, "step": torch.tensor(3),
+        **{f"ema_model.{k}": v for k, v in average.items()}},
+    "ema.": lambda last, average: {
+        **{f"net.{k}": v for k, v in last.items()}, **{f"ema.{k}": v for k, v in average.items()}},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_averaged_weights_come_before_the_last_ones_in_one_line(tmp_path, name):
+    network = tiny_dit()
+    last = network.state_dict()
+    average = {key: value + (key != "pos_embed") for key, value in last.items()}
+    path = save(tmp_path / "w.pt", BESIDE[name](last, average))
+    with pytest.warns(UserWarning) as told:
+        read = dit.read_weights(path, network)
+    assert read.keys() == last.keys()
+    assert all(torch.equal(read[key], average[key]) for key in average)
+    (line,) = [str(warning.message) for warning in told]
+    assert f"holds averaged weights, `{name}`, beside the last ones: the averaged are used" in line
+
+
+def test_an_average_that_is_not_whole_is_refused(tmp_path):
+    """The last weights do not fill it up."""
+    network = tiny_dit()
+    content = litema(network.state_dict())
+    del content["model_ema.blocks1attnprojbias"]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="missing blocks.1.attn.proj.b"):
+        dit.read_weights(save(tmp_path / "w.safetensors", content), network)
+
+
 @pytest.mark.parametrize("change, words", (
     (lambda x: x.to(torch.int8), "is int8, not floating point"),
     (lambda x: x > 0, "is bool, not floating point"),

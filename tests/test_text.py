@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +144,20 @@ def test_encode_equals_transformers(t5):
     # Words see one another: the first of both prompts is "a".
     red, _ = text.encode(["a red cat"], t5, max_length=12, device="cpu")
     assert not torch.allclose(red[0, 0], features[2, 0], atol=0.1)
+
+
+def test_a_pipeline_of_diffusers_holds_its_encoder_in_two_folders(t5, tmp_path):
+    for folder, files in (("tokenizer", "tokenizer*"), ("text_encoder", "[cm]*")):
+        (tmp_path / folder).mkdir()
+        for file in t5.glob(files):
+            shutil.copy(file, tmp_path / folder)
+    assert not (tmp_path / "text_encoder" / "tokenizer.json").exists()
+    for result, other in zip(text.encode(PROMPTS, tmp_path, 12, "cpu"),
+                             text.encode(PROMPTS, t5, 12, "cpu"), strict=True):
+        assert torch.equal(result, other)
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(ConnectionError, match="a folder must hold T5's config.json"):
+        text.encode(["a cat"], tmp_path, 12, "cpu")
 
 
 def test_bfloat16(t5):
