@@ -13,14 +13,13 @@ memory    formulas for the bytes of training and of sampling, held against measu
 
 What is compared is measured in turn, round by round, in one process. Ratios are taken within a
 round; the figures are medians over the rounds. Weights are random: only their shapes matter.
-Torch's kernels are those that the commands use on a CPU (models.choose_kernels).
 
 Notation: B images, R = 2 B rows (with the label, without), N tokens, D width, L blocks, T steps,
 K branches: 2 L, for PixArt 3 L.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import statistics
 import time
@@ -45,13 +44,10 @@ SEED, GUIDANCE, TAU, BETA = 0, 1.5, 0.1, 4e-8
 
 
 def random_model(sizes, kind=dit.DiT):
-    """A frozen network with random weights, none of whose gates is zero, as a model to sample. Sets
-    the kernels that the commands would use for it."""
+    """A frozen network with random weights, none of whose gates is zero, as a model to sample."""
     torch.manual_seed(SEED)
     network = kind(**sizes).eval().requires_grad_(False)
-    model = models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
-    models.choose_kernels(model)
-    return model
+    return models.Model("random", network, "ddim", steps=20, guidance=GUIDANCE)
 
 
 def random_condition(network, images):
@@ -208,6 +204,7 @@ class TwoSteps(DDIM):
     def step(self, prediction, i, x, noise=None):
         x = super().step(prediction, i, x, noise)
         if i == 0:
+            command.synchronize(x.device)
             self.filled = time.perf_counter()
         return x
 
@@ -219,6 +216,7 @@ def our_iteration(model, router, optimizer, chunk):
     train_stepwise.train_trajectory(
         model, router, optimizer, [chunk], lambda_, GUIDANCE, TAU, BETA
     )
+    command.synchronize(model.device)
     return time.perf_counter() - chunk.sampler.filled
 
 
@@ -246,6 +244,7 @@ def official_iteration(model, router, optimizer, chunk):
     router.clamp(1)
     loss.item()
     sampler.step(prediction.detach(), 1, x)
+    command.synchronize(model.device)
     seconds = time.perf_counter() - sampler.filled
     network.requires_grad_(False).zero_grad()  # our iteration starts without these gradients
     return seconds
@@ -259,7 +258,7 @@ class Iteration:
 
     def __call__(self):
         model, steps = self.model, self.model.steps
-        self.router = routers.Router(steps, len(model.network.branches), SEED)
+        self.router = routers.Router(steps, len(model.network.branches), SEED).to(model.device)
         self.optimizer = torch.optim.AdamW(self.router.parameters(), 0.01, weight_decay=0)
         (chunk,) = train_stepwise.chunks_of(
             model, TwoSteps(steps), SEED, range(self.images), self.images, train_stepwise.TRAINING

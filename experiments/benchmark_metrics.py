@@ -9,7 +9,7 @@ neighbours   precision and recall of 10,000 x 10,000 images with 2048 features: 
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import tempfile
 import time

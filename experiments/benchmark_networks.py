@@ -10,7 +10,7 @@ The outputs of DiT differ because diffusers embeds its timesteps with other freq
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import statistics
 import time
@@ -29,7 +29,7 @@ XL = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_chan
           patch_size=2, sample_size=32)
 
 
-def pair(kind, depth, dtype):
+def pair(kind, depth, dtype, device="cpu"):
     """Our network and diffusers' with its weights, each as a function without arguments. Raises
     ValueError if diffusers is not installed."""
     try:
@@ -48,15 +48,26 @@ def pair(kind, depth, dtype):
     state = checkpoint.to_diffusers(network.state_dict(), network)
     theirs.load_state_dict(state, strict=False)  # it makes its position embedding itself
     del state
-    network, theirs = network.to(dtype), theirs.eval().requires_grad_(False).to(dtype)
+    network = network.to(device, dtype)
+    theirs = theirs.eval().requires_grad_(False).to(device, dtype)
     condition = random_condition(network, 1)
-    x, t = torch.randn(2, 4, 32, 32, dtype=dtype), torch.full((2,), 500)
+    x, t = torch.randn(2, 4, 32, 32).to(device, dtype), torch.full((2,), 500, device=device)
     if kind == "DiT-XL/2":
         return lambda: network(x, t, *condition), lambda: theirs(x, t, *condition).sample
     y, mask = condition[0].to(dtype), condition[1]
     return (lambda: network(x, t, y, mask),
             lambda: theirs(x, y, t, encoder_attention_mask=mask.to(dtype),
                            added_cond_kwargs={"resolution": None, "aspect_ratio": None}).sample)
+
+
+def seconds(step, device="cpu"):
+    """The seconds that a function without arguments takes, without gradients."""
+    command.synchronize(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        step()
+    command.synchronize(device)
+    return time.perf_counter() - start
 
 
 def main():
@@ -67,12 +78,6 @@ def main():
     args = parser.parse_args()
     if args.repeats < 1 or not 1 <= args.depth <= 1000:
         raise ValueError("--repeats must be 1 or more, --depth 1 to 1000")
-
-    def seconds(step):
-        start = time.perf_counter()
-        with torch.no_grad():
-            step()
-        return time.perf_counter() - start
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}")
     for kind in ("DiT-XL/2", "PixArt-XL/2"):
