@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -18,6 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -210,32 +212,56 @@ def keep_freed_memory():
     mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def run(main):
-    """Runs a command. A user's mistake (ValueError, OSError) and a lack of memory end in one line
-    and exit code 2. A warning is one line. An interruption ends with the shell's own code, 130."""
+def run(main, several=False):
+    """Runs a command. A user's mistake (ValueError, OSError), a lack of memory, and what torch
+    cannot do on Apple's GPUs end in one line and exit code 2. A warning is one line. An
+    interruption ends with the shell's own code, 130. `several`: whether processes of torchrun may
+    share the work."""
     keep_freed_memory()
-    if "interrupt" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
+    if "startup" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.simplefilter("once")  # a folder may be listed several times
+    # A folder may be listed several times.
+    warnings.simplefilter("once" if rank() == 0 else "ignore")
     # By default Python adds the line of code that warned.
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path that the console cannot print is no failure
             stream.reconfigure(errors="backslashreplace")
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+            raise ValueError("this command's work is not shared: start it by python, not torchrun")
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
+        end(one_line(error))
+    except NotImplementedError as error:
+        if "MPS" not in str(error):
             raise
-        print("error: out of memory: try a smaller --batch-size or --micro-batch, fewer pixels, or "
-              f"--dtype bfloat16 ({one_line(error)[:200]})", file=sys.stderr)
-        sys.exit(2)
+        end("torch lacks an operation on mps: use --device cpu, or set "
+            "PYTORCH_ENABLE_MPS_FALLBACK=1, and it is done on the CPU "
+            f"({one_line(error)[:100]}...)")
+    except (MemoryError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            end("out of memory: try a smaller --batch-size or --micro-batch, fewer pixels, or "
+                f"--dtype bfloat16 ({one_line(error)[:200]})")
+        if not is_lost_connection(error):
+            raise
+        end("another of the processes has ended: see above why")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def rank():
+    """The number that torchrun gave this process; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def end(message):
+    """Ends the command with one line and exit code 2."""
+    if rank() > 0:  # mostly the first process says the same, and torchrun ends the others then
+        time.sleep(10)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def one_line(message):
@@ -250,6 +276,33 @@ def is_lack_of_memory(error):
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
     )
+
+
+def is_lost_connection(error):
+    """Whether torch.distributed cannot reach another process."""
+    words = str(error).lower()
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("gloo" in words or "nccl" in words)
+
+
+class Lines:
+    """Takes the texts of a progress bar, which would overwrite each other, and writes lines."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(items=None, **options):
+    """tqdm's progress bar, for a command's terminal. Where there is none, as in a log, it is a line
+    every 30 seconds. In a notebook, and in all processes but the first, there is nothing."""
+    if sys.stderr.isatty() and rank() == 0:
+        return tqdm(items, **options)
+    silent = rank() > 0 or "startup" not in sys.modules  # which every command imports
+    return tqdm(items, file=Lines(), mininterval=30, maxinterval=30, delay=30, leave=False,
+                ncols=100, disable=silent, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -271,20 +324,33 @@ def add_forecast_flag(parser, default=None):
                              f"(1) or the parabola (2) through its last ones ({words})")
 
 
+def add_captions_flag(parser):
+    parser.add_argument("--raw-captions", action="store_true",
+                        help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
+
+
 def add_model_flags(parser):
     """The flags that sampling and training share. What is None comes from the model's defaults."""
     parser.add_argument("--model", default="digits",
                         help="digits (default), emoji, dit256, dit512, pixart256, pixart512, "
                              "pixart1024, sigma256, sigma512, sigma1024 or sigma2048")
-    parser.add_argument("--weights", type=name, help="the network's weights, if not the usual file")
+    parser.add_argument("--weights", type=place,
+                        help="the network's weights, if not the usual: a file or a folder")
     parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
     parser.add_argument("--sampler", type=name,
                         help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver")
     parser.add_argument("--guidance", type=finite, help="guidance scale; 1 is no guidance")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
-    parser.add_argument("--device", type=name, help="cpu or cuda (default: cuda if there is one)")
+    add_device_flag(parser)
     parser.add_argument("--dtype", type=name,
                         help="float32 (default), bfloat16 (bf16) or float16 (fp16)")
+
+
+def add_device_flag(parser):
+    parser.add_argument("--device", type=name,
+                        help="cuda, cuda:1, mps (Apple's GPUs; what torch cannot do there, it does "
+                             "on the CPU with PYTORCH_ENABLE_MPS_FALLBACK=1) or cpu (default: the "
+                             "first of these that there is)")
 
 
 def finite(text):
@@ -305,6 +371,11 @@ def name(text):
     return text
 
 
+def place(text):
+    """A file or a folder as argparse reads it: a name, without the slash that a shell may add."""
+    return str(path(text))
+
+
 def path(text):
     """A path as argparse reads it, but not an empty one, which would be the folder one is in."""
     return Path(name(text))
@@ -317,17 +388,32 @@ def seed(text):
     return int(text)
 
 
+def devices():
+    """What `--device` takes on this machine, as torch finds it: a list, the usual device first."""
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    names = ["cuda", *(f"cuda:{k}" for k in cuda)] if cuda else []
+    return names + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
 def synchronize(device):
     """Waits for the device, so that a clock read next counts the work given to it before."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device):
-    """The most memory that this process ever took, in bytes: on a GPU what torch had there, else
-    the whole process's. None where the system does not say (Windows)."""
-    if torch.device(device).type == "cuda":
+    """The most memory that this process ever took, in bytes: on a CUDA GPU what torch's tensors had
+    there, on a CPU the whole process's. Torch counts no peak on Apple's GPUs: there it is what
+    their driver holds for the process now, with the freed memory that torch keeps for later.
+    None where the system does not say (Windows)."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if kind == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         import resource
     except ImportError:

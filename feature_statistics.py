@@ -10,6 +10,8 @@ Notation: N images, B images of a batch, D pooled and S spatial features of an i
 
 import contextlib
 import dataclasses
+import functools
+import math
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 import command
+import distributed
 import features
 import pictures
 
@@ -39,21 +42,36 @@ def full_precision():
 
 
 class Moments:
-    """Mean and covariance of a stream of vectors, float64 (Chan, Golub and LeVeque 1979)."""
+    """Mean and covariance of a stream of vectors, in float64 on the CPU (Chan, Golub and LeVeque
+    1979)."""
 
     def __init__(self):
         self.n, self.mean, self.scatter = 0, 0.0, 0.0  # scatter = sum (x - mean) (x - mean)^T
 
     def add(self, x):
         """Adds a batch x (B, D)."""
-        x = x.double()
-        B, mean = len(x), x.mean(0)
-        centred, delta = x - mean, mean - self.mean
-        self.scatter = self.scatter + centred.T @ centred
-        # The two scatters are about two means: this term moves both to the common mean.
-        self.scatter += torch.outer(delta, delta) * (self.n * B / (self.n + B))
-        self.mean = self.mean + delta * (B / (self.n + B))
-        self.n += B
+        x = x.cpu().double()
+        mean = x.mean(0)
+        centred = x - mean
+        self._merge(len(x), mean, centred.T @ centred)
+
+    def _merge(self, n, mean, scatter):
+        """Adds n vectors of this mean and scatter."""
+        delta, share = mean - self.mean, n / (self.n + n)
+        # The two scatters are about two means: the last term moves both to the common mean.
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.n * share)
+        self.mean = self.mean + delta * share
+        self.n += n
+
+    def of_all_processes(self):
+        """-> the moments of what all processes added, each to its own."""
+        n = torch.tensor([self.n])
+        parts = (distributed.together(part[None], distributed.size())
+                 for part in (n, self.mean, self.scatter))
+        total = Moments()
+        for n, mean, scatter in zip(*parts, strict=True):
+            total._merge(n.item(), mean, scatter)
+        return total
 
     @property
     def covariance(self):
@@ -94,21 +112,28 @@ def look(batch, network):
 
 def extract(source, network, batch_size=64, title="features"):
     """Runs all images of `source` (see `pictures.read`) through a feature network -> Statistics.
+    Several processes share the images.
 
     Only the features stay in memory: 12 KB an image for Inception. `title` names the source on the
     progress bar. Raises ValueError for fewer than two images, and as `pictures.read` does.
     """
-    total, images = pictures.read(source)
+    mine = functools.partial(distributed.mine, group=batch_size)
+    total, images = pictures.read(source, mine)
     if total < 2:
         raise ValueError(f"{total} images in {title}: statistics need two or more")
+    distributed.check_enough(math.ceil(total / batch_size),
+                             f"batches of {title}: use a smaller --batch-size")
     moments, spatial_moments, kept = Moments(), Moments(), []
-    for batch in pictures.batches(images, total, batch_size, title):
+    for batch in pictures.batches(images, len(mine(total)), batch_size, title):
         pooled, spatial, logits = look(batch, network)
         moments.add(pooled)
         spatial_moments.add(spatial)
         kept.append((pooled, logits))
     pooled, logits = zip(*kept, strict=True)
-    pooled, logits = torch.cat(pooled), None if logits[0] is None else torch.cat(logits)
+    pooled, logits = (None if kept[0] is None else
+                      distributed.together(torch.cat(kept), total, batch_size)
+                      for kept in (pooled, logits))
+    moments, spatial_moments = moments.of_all_processes(), spatial_moments.of_all_processes()
     return Statistics(network.name, total, moments.mean, moments.covariance,
                       spatial_moments.mean, spatial_moments.covariance, pooled, logits)
 

@@ -6,15 +6,18 @@ score, in readable code.
     python metrics.py samples.npz                    # against the shipped digits
     python metrics.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python metrics.py pictures/ --captions prompts.txt --metrics clip
+    torchrun --nproc_per_node 4 metrics.py images/ --reference VIRTUAL_imagenet256_labeled.npz
 
 Notation: N images, M reference images, D pooled and S spatial features of an image, k neighbours.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
+import functools
 import itertools
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -23,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 import command
+import distributed
 import features
 import models
 import pictures
@@ -70,7 +73,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     or tensors -> float. Raises ValueError for other shapes (of one feature, too, they are (1,) and
     (1, 1)), for what is no covariance, and for values that are not finite.
     """
-    tensors = [torch.as_tensor(x) for x in (mu1, sigma1, mu2, sigma2)]
+    tensors = [torch.as_tensor(x).cpu() for x in (mu1, sigma1, mu2, sigma2)]
     if any(x.is_complex() for x in tensors):
         raise ValueError("means and covariances must be real")
     mu1, sigma1, mu2, sigma2 = tensors = [x.double() for x in tensors]
@@ -102,9 +105,9 @@ def inception_score(logits, split_size=5000):
         raise ValueError(f"the Inception score needs finite logits (N, classes), not "
                          f"{tuple(logits.shape)}")
     N = len(logits)
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0)).to(logits.device)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in logits[order].double().tensor_split(max(1, N // split_size)):
+    for part in logits.cpu()[order].double().tensor_split(max(1, N // split_size)):
         log_p = part.log_softmax(1)
         p = log_p.exp()
         # A class that no image has adds 0 to the sum; unclamped, it would add 0 * inf = NaN.
@@ -177,14 +180,14 @@ def nearest_distance(samples, reference):
 
 
 def distance_to_nearest(a, b, itself=True):
-    """The distance from each of a (N, D) to the nearest of b (M, D) -> (N,) float64. If not
-    `itself`, a is b, and an image does not count as its own neighbour."""
+    """The distance from each of a (N, D) to the nearest of b (M, D) -> (N,) float64 on the CPU. If
+    not `itself`, a is b, and an image does not count as its own neighbour."""
     distances = []
     for rows, squared in blocks(a, b):
         if not itself:
             squared.diagonal(rows.start).fill_(torch.inf)
         # `blocks` rounds: of a distance of 0 about 0.01 would be left. The difference is exact.
-        distances.append((a[rows] - b[squared.argmin(1)]).double().norm(dim=1))
+        distances.append((a[rows] - b[squared.argmin(1)]).cpu().double().norm(dim=1))
     return torch.cat(distances)
 
 
@@ -197,12 +200,14 @@ def clip_score(images, prompts, clip, batch_size=64):
     """100 max(cos(image, prompt), 0), the mean over pairs (Hessel et al. 2021, equation 1, with
     weight 100). images: N arrays uint8 (H, W, 3); prompts: N strings; clip: the result of
     `features.load_clip` -> float. Warns of prompts that are cut, as they have more tokens than CLIP
-    looks at. Raises ValueError if there are not as many prompts as images, or none."""
+    looks at. With several processes, both are this one's share, and the mean is over all pairs.
+    Raises ValueError if there are not as many prompts as images, or none."""
     network, preprocess, tokenizer = clip
     device = next(network.parameters()).device
     pairs = zip(images, prompts, strict=True)
     scores, long = [], []
-    with full_precision(), tqdm(total=len(prompts), unit="image", desc="CLIP", disable=None) as bar:
+    bar = command.progress(total=len(prompts), unit="image", desc="CLIP")
+    with full_precision(), bar:
         while batch := list(itertools.islice(pairs, batch_size)):
             pixels = torch.stack([preprocess(Image.fromarray(image)) for image, _ in batch])
             words = [prompt for _, prompt in batch]
@@ -212,15 +217,17 @@ def clip_score(images, prompts, clip, batch_size=64):
             text = network.encode_text(tokens.to(device), normalize=True)  # the same
             scores.append(100 * (image * text).sum(1).clamp(min=0).cpu().double())
             bar.update(len(batch))
-    if long:
-        warnings.warn(f'{len(long)} of {len(prompts)} captions have more than {tokens.shape[1]} '
-                      f'tokens, and CLIP sees no further: "{long[0][:40]}..."', stacklevel=2)
     if not scores:
         raise ValueError("the CLIP score needs an image or more")
-    scores = torch.cat(scores)
-    if not scores.isfinite().all():
+    part = torch.stack([torch.cat(scores).sum(), *torch.tensor([len(prompts), len(long)])])
+    total, count, cut = distributed.together(part[None], distributed.size()).sum(0).tolist()
+    if cut:
+        example = f': "{long[0][:40]}..."' if long else ""
+        warnings.warn(f"{cut:.0f} of {count:.0f} captions have more than {tokens.shape[1]} tokens, "
+                      f"and CLIP sees no further{example}", stacklevel=2)
+    if not math.isfinite(total):
         raise ValueError("CLIP's cosines are not finite: are its weights right?")
-    return scores.mean().item()
+    return total / count
 
 
 def paired_error(images, uncached):
@@ -366,8 +373,7 @@ def read_arguments():
     parser.add_argument("--clip-pretrained", type=command.name, default="openai",
                         help="tag or file of its weights (openai)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
-    parser.add_argument("--device", type=command.name,
-                        help="cpu or cuda (default: cuda if there is one)")
+    command.add_device_flag(parser)
     parser.add_argument("--save-stats", type=command.name,
                         help="write the samples' statistics, an npz")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -383,7 +389,6 @@ def read_arguments():
         if ("clip" in args.metrics) != bool(args.captions):
             raise ValueError("the CLIP score and --captions FILE go together")
     check_save_stats(args)
-    args.device = models.find_device(args.device)
     return args
 
 
@@ -428,7 +433,8 @@ def prepare(args, names):
     reference for `statistics_of`. Of each set the first image is looked at. Raises ValueError."""
     sets = open_sets(args)
     kind = args.features or usual_features(sets[1])
-    network = features.load(kind, args.weights, args.device, args.resize)
+    with distributed.first_process_first():
+        network = features.load(kind, args.weights, args.device, args.resize)
     shapes = []
     for j, name in enumerate((args.samples, args.reference)):
         images = sets[j]
@@ -459,6 +465,7 @@ def table(values, networks):
 
 def main():
     args = read_arguments()
+    args.device = distributed.start(models.find_device(args.device))
     captions = read_captions(args)
     names = args.metrics and [name for name in args.metrics if name != "clip"]
     if args.metrics != ["clip"]:
@@ -468,8 +475,13 @@ def main():
 
     values, clip_value, networks, sizes = {}, {}, {}, {}
     if captions:
-        clip = features.load_clip(args.clip_model, args.clip_pretrained, args.device)
-        total, images = pictures.read(args.samples)
+        with distributed.first_process_first():
+            clip = features.load_clip(args.clip_model, args.clip_pretrained, args.device)
+        mine = functools.partial(distributed.mine, group=args.batch_size)
+        total, images = pictures.read(args.samples, mine)
+        distributed.check_enough(math.ceil(total / args.batch_size),
+                                 "batches of images: use a smaller --batch-size")
+        captions = [captions[j] for j in mine(total)]
         clip_value = {"clip": clip_score(images, captions, clip, args.batch_size)}
         networks["clip"] = f"open_clip {args.clip_model}, {args.clip_pretrained}"
         if args.clip_model == "emoji":
@@ -477,7 +489,7 @@ def main():
         sizes = {"images": total}
     if args.metrics != ["clip"]:
         samples = statistics_of(samples, network, args.batch_size, "samples")
-        if args.save_stats:
+        if args.save_stats and distributed.rank() == 0:
             save_statistics(args.save_stats, samples)
         reference = statistics_of(reference, network, args.batch_size, "reference")
         values = evaluate(samples, reference, names, network)
@@ -499,4 +511,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, several=True)

@@ -9,7 +9,6 @@ that it denoises, the text encoder, the autoencoder, and the usual sampler, step
 
 import dataclasses
 import hashlib
-import math
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 
 import command
 import dit
+import layout
 import pixart
 import shipped
 import text
@@ -45,6 +45,7 @@ class Model:
     scale: float = 1.0  # of the latents: the network denoises scale * latent
     size: tuple | None = None  # (H, W) of what it denoises, if not as in training
     clean: bool = False  # whether captions are cleaned before T5 reads them
+    folder: Path | None = None  # the pipeline's, if its weights are from one of diffusers
 
     @property
     def shape(self):
@@ -83,6 +84,10 @@ class Model:
             raise ValueError(f"height and width must be multiples of {unit}, not {height}, {width}")
         self.size = height // factor, width // factor
 
+    def part(self, name):
+        """The folder that holds a part of its pipeline (vae, text_encoder), or None."""
+        return self.folder if self.folder and (self.folder / name).is_dir() else None
+
     def prompts(self):
         """The default prompts, for sampling and for training its router; None if it takes
         labels."""
@@ -100,7 +105,13 @@ class Model:
         tokens, channels = self.network.model_max_length, self.network.caption_channels
         if self.text == "hashed":
             return text.hashed_words(prompts, tokens, channels)
-        return text.encode(prompts, max_length=tokens, file=CAPTIONS, clean=self.clean)
+        return text.encode(prompts, model=self.t5, max_length=tokens, file=CAPTIONS,
+                           clean=self.clean)
+
+    @property
+    def t5(self):
+        """The text encoder of its pipeline, or else the usual one."""
+        return self.part("text_encoder") or text.T5_XXL
 
     def prepare(self, items, device=None):
         """Checks prompts, and has T5 encode them into a file, where `condition` finds them. T5,
@@ -110,8 +121,8 @@ class Model:
             text.check(item)
         if self.text == "t5":
             tokens, channels = self.network.model_max_length, self.network.caption_channels
-            each = text.encode_each(items, max_length=tokens, device=device, file=CAPTIONS,
-                                    clean=self.clean)
+            each = text.encode_each(items, model=self.t5, max_length=tokens, device=device,
+                                    file=CAPTIONS, clean=self.clean)
             if each and each[0].shape[-1] != channels:
                 raise ValueError(f"{CAPTIONS} holds features of {each[0].shape[-1]} channels, "
                                  f"{self.name} reads {channels}: move it away")
@@ -122,7 +133,8 @@ class Model:
         if self.text == "hashed" or self.network.y_embedder.null is not None:
             return None
         tokens = self.network.model_max_length
-        return text.null_caption(max_length=tokens, device=device, file=CAPTIONS)
+        return text.null_caption(model=self.t5, max_length=tokens, device=device,
+                                 file=CAPTIONS)
 
     def condition(self, items):
         """B labels, a tensor or a list, or B prompts -> the condition of a guided batch
@@ -177,8 +189,7 @@ def emoji(weights):
 
 def official_dit(weights, size):
     """The official DiT-XL/2 on the latents of `size` x `size` ImageNet pictures."""
-    with torch.device("meta"):  # 2.7 GB that the weights replace at once
-        network = dit.DiT(**dit.SIZES["XL/2"], input_size=size // 8)
+    network = bare_network(f"dit{size}")
     weights = weights or command.download(f"{OFFICIAL_DIT}DiT-XL-2-{size}x{size}.pt")
     network.load_state_dict(dit.read_weights(weights, network), assign=True)
     return Model(f"dit{size}", network, "ddim", steps=20, guidance=1.5,
@@ -189,8 +200,7 @@ def official_pixart(weights, name):
     """An official PixArt, alpha or Sigma, by its name in PIXART."""
     size, file = PIXART[name]
     alpha = size.startswith("alpha")
-    with torch.device("meta"):
-        network = pixart.PixArt(**pixart.SIZES[size])
+    network = bare_network(name)
     repository = "PixArt-alpha/PixArt-alpha" if alpha else "PixArt-alpha/PixArt-Sigma"
     weights = weights or hugging_face(repository, file)
     network.load_state_dict(pixart.read_weights(weights, network), assign=True)
@@ -216,26 +226,48 @@ MODELS = {  # name: weights -> Model
     **{name: partial(official_pixart, name=name) for name in PIXART},
 }
 
+
+def bare_network(name):
+    """The network of a model, without memory for its weights (2.7 GB for DiT-XL/2).
+    Raises ValueError for an unknown name."""
+    check_name(name)
+    if name in PIXART or name == "emoji":
+        make, sizes = pixart.PixArt, pixart.SIZES[PIXART[name][0] if name in PIXART else name]
+    elif name == "digits":
+        make, sizes = dit.DiT, dit.SIZES[name]
+    else:
+        make, sizes = dit.DiT, {**dit.SIZES["XL/2"], "input_size": int(name[len("dit"):]) // 8}
+    with torch.device("meta"):
+        return make(**sizes)
+
+
+def check_name(name):
+    """Raises ValueError for a name that is no model's."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name}: use {', '.join(MODELS)}")
+
+
 # ------------------------------------------------------------------------------------------------
 # Loading
 
 
 def load(name, weights=None, device=None, dtype=None, raw_captions=False):
-    """A model by name. `weights` is a file to use in place of the usual one; `device` is by default
-    cuda if there is one; `dtype` is as in `dtype_name`. With `raw_captions` T5 reads captions as
-    they are; for PixArt-alpha they are cleaned otherwise, as in the official code.
+    """A model by name. `weights` is a file to use in place of the usual one, or a folder in the
+    layout of diffusers; of a whole pipeline its autoencoder and text encoder are used too, if they
+    are there. `device` is as in `find_device`, `dtype` as in `dtype_name`. With `raw_captions` T5
+    reads captions as they are; for PixArt-alpha they are cleaned otherwise, as in the official
+    code.
 
     Raises ValueError for an unknown name, device or dtype, raw captions for a model that T5 does
     not read for, or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name}: use {', '.join(MODELS)}")
+    check_name(name)
     if raw_captions and name not in PIXART:
         raise ValueError(f"--raw-captions is for models that read captions by T5, not for {name}")
     dtype, device = dtype_name(dtype), find_device(device)  # before a download
     model = MODELS[name](weights)
-    model.clean = model.clean and not raw_captions
+    model.clean, model.folder = model.clean and not raw_captions, layout.pipeline(weights)
     # Frozen: only routers are trained here, and autograd then keeps fewer tensors for them.
     model.network.eval().requires_grad_(False).to(getattr(torch, dtype))
     return model.to(device)
@@ -251,53 +283,39 @@ def dtype_name(dtype=None):
     return name
 
 
-def choose_kernels(model, device=None):
-    """Sets torch's kernels for float32 products and for attention to those that are fast for
-    `model` on `device` (by default where it is). They hold for the whole process, so commands call
-    this once.
-
-    On a GPU products are done in TF32, as in the official code. On a CPU "medium" leads products to
-    oneDNN, twice as fast as the usual library on the AMD processor where that was measured. Where
-    it rounds the factors to bfloat16, it is undone. The CPU's fused attention is slow for a hundred
-    tokens or fewer.
-    """
-    if torch.device(device or model.device).type == "cuda":
+def choose_kernels(device):
+    """Has a GPU do products of float32 in TF32, as in the official code (Apple's have none and
+    ignore that). It holds for the whole process, so commands call this once. On CPUs torch's own
+    choices are left alone: on two of them (AVX2 and AVX-512) no other was faster beyond noise."""
+    if torch.device(device).type != "cpu":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_flash_sdp(True)
-        return
-    torch.set_float32_matmul_precision("medium")
-    if product_error() > 1e-5:
-        torch.set_float32_matmul_precision("highest")
-    tokens = math.prod(model.shape[1:]) // model.network.patch_size**2
-    torch.backends.cuda.enable_flash_sdp(tokens > 100)  # despite its name, the CPU's as well
-
-
-def product_error():
-    """The relative error of a float32 layer on the CPU: 1e-7, or 1e-3 if factors are rounded to
-    bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn(256, 256, generator=generator, dtype=torch.float32, device="cpu")
-    exact = nn.functional.linear(factor.double(), factor.double(), factor[0].double())
-    error = nn.functional.linear(factor, factor, factor[0]) - exact
-    return (error.norm() / exact.norm()).item()
 
 
 def load_autoencoder(model, weights=None):
     """The autoencoder that a latent model is used with, ready, on its device and in its dtype (but
-    bfloat16 for float16, in which SDXL's overflows). Raises as `load` does."""
+    bfloat16 for float16, in which SDXL's overflows). `weights` is a file or a folder, by default
+    the pipeline's that the network is from, or else the usual ones. Raises as `load` does, also
+    for an autoencoder of latents of another scale."""
     with torch.device("meta"):
         network = vae.Autoencoder()
-    weights = weights or hugging_face(model.autoencoder, VAE_FILE)
-    network.load_state_dict(vae.read_weights(weights, network), assign=True)
+    weights = weights or model.part("vae") or hugging_face(model.autoencoder, VAE_FILE)
+    file = layout.find(weights, "vae")
+    network.load_state_dict(vae.read_weights(file, network), assign=True)
+    scale = layout.config(file).get("scaling_factor", model.scale)
+    if scale != model.scale and file.name.startswith(layout.STEM):
+        raise ValueError(f"{file} is of latents at scale {scale}, by its config.json; {model.name} "
+                         f"denoises latents at {model.scale}")
     dtype = next(model.network.parameters()).dtype
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     return network.eval().requires_grad_(False).to(model.device, dtype)
 
 
 def find_device(name=None):
-    """`name`, or cuda if there is one, else cpu. Raises ValueError for one that is not there."""
+    """`name`, or by default the first that is there of cuda, mps (Apple's GPUs) and cpu. Raises
+    ValueError for one that is not there."""
+    there = command.devices()
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"no device {name} here: use cpu, or cuda on a machine that has a GPU")
+        return there[0]
+    if name not in there:
+        raise ValueError(f"no device {name} here: torch finds only {', '.join(there)}")
     return name

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import command
 import router
@@ -43,27 +42,29 @@ NAMED = {  # what each is: a function -> images uint8 (N, 1 or 3, H, W)
 }
 
 
-def read(source):
-    """How many images `source` holds, and a generator of them, each uint8 (H, W, 3). `source` is an
-    array uint8 (N, H, W, 3), a folder of pictures (see `image_files`), an npz with `arr_0`, or
-    `digits`, `digits-train`, `digits-held-out`, `emoji`.
+def read(source, mine=range):
+    """How many images `source` holds, and a generator of them, each uint8 (H, W, 3). `mine(count)`
+    gives the numbers of those to read. `source` is an array uint8 (N, H, W, 3), a folder of
+    pictures (see `image_files`), an npz with `arr_0`, or `digits`, `digits-train`,
+    `digits-held-out`, `emoji`.
 
     Raises FileNotFoundError, or ValueError. The generator raises ValueError when it comes to a
     picture that cannot be read, the end of a truncated file, or another size.
     """
     if isinstance(source, np.ndarray):
         check(source.dtype, source.shape, "the array")
-        return len(source), iter(source)
+        return len(source), (source[j] for j in mine(len(source)))
     if is_named(source):
         images = NAMED[source]()
-        return len(images), iter(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        return len(images), (pixels[j] for j in mine(len(images)))
     path = Path(source)
     if path.is_dir():
         files = image_files(path)
-        return len(files), folder_images(files)
+        return len(files), folder_images(files, mine(len(files)))
     if path.suffix != ".npz" or not path.is_file():
         raise FileNotFoundError(f"{path} is no folder of images, npz file or {', '.join(NAMED)}")
-    return npz_images(path)
+    return npz_images(path, mine)
 
 
 def is_named(source):
@@ -137,21 +138,21 @@ def read_image(path):
                          ) from error
 
 
-def folder_images(files):
-    """A generator of images, decoded by several threads but held 64 at a time at most."""
-    first = None
+def folder_images(files, numbers):
+    """A generator of the images `numbers`, decoded by several threads but held 64 at a time at
+    most."""
+    first = read_image(files[0]).shape if files else None
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k in range(0, len(files), 64):
-            part = files[k : k + 64]
+        for k in range(0, len(numbers), 64):
+            part = [files[j] for j in numbers[k : k + 64]]
             for path, image in zip(part, pool.map(read_image, part), strict=True):
-                first = image.shape if first is None else first
                 if image.shape != first:
                     sizes = " x ".join(map(str, image.shape[:2])), " x ".join(map(str, first[:2]))
                     raise ValueError(f"mixed sizes: {path} is {sizes[0]}, {files[0]} {sizes[1]}")
                 yield image
 
 
-def npz_images(path):
+def npz_images(path, mine=range):
     """`arr_0` of an npz, as `read` gives it. It is read as a stream: numpy would load all of it, 10
     GB for 50,000 images of 256 x 256."""
     try:
@@ -169,21 +170,25 @@ def npz_images(path):
 
     def images():
         size = math.prod(shape[1:])  # numpy's product would overflow for what a bad file claims
-        for _ in range(shape[0]):
+        wanted = iter(mine(shape[0]))
+        number = next(wanted, None)
+        for j in range(shape[0]):
             try:
                 data = stream.read(size)
             except Exception as error:  # damaged data fails in many ways
                 raise ValueError(f"{path} is damaged: {command.one_line(error)}") from error
             if len(data) < size:
                 raise ValueError(f"{path} is truncated: it ends before its {shape[0]} images do")
-            yield np.frombuffer(data, np.uint8).reshape(shape[1:])
+            if j == number:
+                yield np.frombuffer(data, np.uint8).reshape(shape[1:])
+                number = next(wanted, None)
 
     return shape[0], images()
 
 
 def batches(images, total, batch_size, words):
     """Stacks images: yields uint8 (B, H, W, 3), under a progress bar that says `words`."""
-    with tqdm(total=total, unit="image", desc=words, disable=None) as bar:
+    with command.progress(total=total, unit="image", desc=words) as bar:
         while batch := list(itertools.islice(images, batch_size)):
             yield np.stack(batch)
             bar.update(len(batch))
@@ -256,17 +261,18 @@ def npz_writer(out, total):
         yield append
 
 
-def write(out, images, first=0, titles=None):
+def write(out, images, numbers=None, titles=None):
     """uint8 (N, H, W, 3) -> a PNG grid, an ADM-style npz (`arr_0`), or, if `out` has no suffix, a
-    folder of PNGs numbered from `first`. Latents (N, C, H, W) go into an npz, as `latents`."""
+    folder of PNGs with these `numbers` (None: from 0 on). Latents (N, C, H, W) go into an npz, as
+    `latents`."""
     if out.suffix == ".png":
         command.save_image(out, grid(images, titles=titles))
     elif out.suffix == ".npz":
         with npz_writer(out, len(images)) as append:
             append(images)
     else:
-        for j, image in enumerate(images):
-            command.save_image(out / f"{first + j:06d}.png", Image.fromarray(image))
+        for j, image in zip(numbers or range(len(images)), images, strict=True):
+            command.save_image(out / f"{j:06d}.png", Image.fromarray(image))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python sample.py --schedule fora:2 --labels 0,1,2 --num-samples 30
     python sample.py --model pixart256 --prompt "a red apple" --prompt "a dog"
     python sample.py --model dit256 --labels random --num-samples 50000 --out images
+    torchrun --nproc_per_node 4 sample.py --model dit256 --num-samples 50000 --out images
 
 `samplers.denoise` is the loop that does the work.
 
@@ -13,7 +14,7 @@ K branches.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import contextlib
 import dataclasses
@@ -24,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import command
+import distributed
 import models
 import pictures
 import router
@@ -113,6 +114,8 @@ def read_prompts(prompt, path):
 def choose_out(out, latents, compare):
     """The path to write to (None: the usual one), tried out now rather than after the work. Raises
     ValueError or OSError if it cannot take what the command makes."""
+    if distributed.size() > 1 and (out is None or out.suffix):
+        raise ValueError("several processes fill a folder: use --out with a name without a dot")
     out = out or Path("latents.npz" if latents else "samples.png")
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out is a .png, a .npz or a folder (a name without a dot), not {out}")
@@ -136,15 +139,15 @@ def write_notes(folder, settings, items):
             temporary.write_text(text, encoding="utf-8")
 
 
-def continue_folder(folder, settings, items):
-    """How many of the images 0, 1, ... `folder` holds already. Raises ValueError if its notes say
-    that they were made with other settings, or show something else."""
+def missing(folder, settings, items):
+    """The numbers of the images that `folder` does not hold yet, a set. Raises ValueError if its
+    notes say that those in it were made with other settings, or show something else."""
     notes = folder_notes(settings, items)
     if not (folder / "settings.json").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder} holds files that this command did not write: choose "
                              "another --out")
-        return 0
+        return set(range(len(items)))
     try:
         old = {name: command.read_bytes(folder / name).decode() for name in notes}
     except (OSError, ValueError) as error:
@@ -155,9 +158,7 @@ def continue_folder(folder, settings, items):
     if old["settings.json"] != notes["settings.json"] or not same:
         raise ValueError(f"{folder} holds images made with other settings, see {folder}/"
                          "settings.json: choose another --out")
-    # Images are written whole and in order, so the first that is missing is where to go on.
-    missing = (j for j in range(len(items)) if not (folder / f"{j:06d}.png").exists())
-    return next(missing, len(items))
+    return {j for j in range(len(items)) if not (folder / f"{j:06d}.png").exists()}
 
 
 def make_decoder(model, vae=None, latents=False):
@@ -182,7 +183,7 @@ def make_decoder(model, vae=None, latents=False):
 class Batch:
     """Images made together; and the same without a cache, if they were made too."""
 
-    first: int  # the number of its first image
+    numbers: list  # of its images
     x: torch.Tensor  # x_0 (B, C, H, W)
     seconds: float
     full: torch.Tensor | None = None
@@ -201,17 +202,21 @@ def timed_denoise(model, *args, **kwargs):
     return x, seconds
 
 
-def generate(model, sampler, guidance, items, seed, batch_size, cache=None, first=0, twice=0,
+def generate(model, sampler, guidance, items, seed, batch_size, cache=None, missing=None, twice=0,
              full_sampler=None, words=None):
-    """Samples in batches, from image number `first` on: yields a Batch each. The first `twice`
-    batches are also made without a cache, by `full_sampler` (None: the same sampler). The progress
-    bar says `words`."""
-    starts = range(first, len(items), batch_size)
-    for n, start in enumerate(tqdm(starts, unit="batch", desc=words, disable=None)):
-        numbers = range(start, min(start + batch_size, len(items)))
-        noise = Noise(seed, numbers)
+    """Samples in batches, which several processes share: yields a Batch each. Of the images
+    `missing` (a set; None: all) one is enough for its batch to be made, all of it: rounding may
+    differ with what else is in a batch. The first `twice` batches are also made without a cache, by
+    `full_sampler` (None: the same sampler). The progress bar says `words`."""
+    numbers = range(len(items))
+    batches = [numbers[k : k + batch_size] for k in range(0, len(items), batch_size)]
+    if missing is not None:
+        batches = [batch for batch in batches if not missing.isdisjoint(batch)]
+    mine = distributed.mine(len(batches))
+    for n, b in enumerate(command.progress(mine, unit="batch", desc=words)):
+        noise = Noise(seed, batches[b])
         x = noise.start(model.shape, model.device)
-        condition = model.condition(items[start : numbers.stop])
+        condition = model.condition([items[j] for j in noise.numbers])
         if n == 0:  # the first evaluation of a process is slow: one that is not timed
             next(walk(model.network, sampler, x, condition, guidance, noise=noise))
         full, full_seconds = None, 0.0
@@ -219,7 +224,7 @@ def generate(model, sampler, guidance, items, seed, batch_size, cache=None, firs
             full, full_seconds = timed_denoise(model, full_sampler or sampler, x, condition,
                                                guidance, noise=noise)
         x, seconds = timed_denoise(model, sampler, x, condition, guidance, cache, noise)
-        yield Batch(start, x, seconds, full, full_seconds)
+        yield Batch(noise.numbers, x, seconds, full, full_seconds)
 
 
 @dataclasses.dataclass
@@ -248,7 +253,7 @@ def counted_flops(model, cache):
 
 
 def report(model, steps, cache, totals):
-    """Prints what sampling took, without the autoencoder."""
+    """Prints what sampling took this process, without the autoencoder."""
     seconds = totals.seconds / totals.images
     gflop = model.flops(steps) / 1e9
     if cache is None:
@@ -303,15 +308,14 @@ def read_flags():
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     shown.add_argument("--prompts", type=command.path, help="a file of prompts, one a line")
-    parser.add_argument("--raw-captions", action="store_true",
-                        help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
+    command.add_captions_flag(parser)
     parser.add_argument("--height", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--width", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
     parser.add_argument("--batch-size", type=int, default=20, help="images at once (20)")
     parser.add_argument("--compare", action="store_true", help="draw full, cached, difference")
-    parser.add_argument("--vae", type=command.name,
-                        help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--vae", type=command.place,
+                        help="the autoencoder's weights, if not the usual file or folder")
     parser.add_argument("--latents", action="store_true", help="write latents, not pictures")
     parser.add_argument("--out", type=command.path,
                         help=".png (grid), .npz (ADM style) or a folder, which is filled image by "
@@ -324,12 +328,13 @@ def read_flags():
 
 
 def write_all(batches, out, decode, items, settings, model, steps, cache, compare):
-    """Writes the images as they come; only a picture of all needs them at the end. Then reports."""
+    """Writes the images as they come; only a picture of all needs them at the end. Then the first
+    process reports."""
     totals, kept, kept_full = Totals(), [], []
     with contextlib.ExitStack() as stack:
         if out.suffix == ".npz":
             append = stack.enter_context(pictures.npz_writer(out, len(items)))
-        elif not out.suffix:
+        elif not out.suffix and distributed.rank() == 0:
             stack.enter_context(command.locked(out))
         for n, batch in enumerate(batches):
             if cache is None or batch.full is not None:
@@ -340,12 +345,14 @@ def write_all(batches, out, decode, items, settings, model, steps, cache, compar
             elif not out.suffix:
                 if n == 0:
                     write_notes(out, settings, items)
-                pictures.write(out, images, batch.first)
+                pictures.write(out, images, batch.numbers)
             else:
                 kept.append(images)
             if compare:
                 kept_full.append(decode(batch.full))
-    report(model, steps, cache, totals)
+        distributed.wait()
+    if distributed.rank() == 0:
+        report(model, steps, cache, totals)
     if compare:
         picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)
         command.save_image(out, picture)
@@ -355,15 +362,15 @@ def write_all(batches, out, decode, items, settings, model, steps, cache, compar
 
 def main():
     args = read_flags()
+    device = distributed.start(models.find_device(args.device))
     out = choose_out(args.out, args.latents, args.compare)
     command.check_not_read(out, args.router, args.prompts, args.weights, args.vae)
-    device = models.find_device(args.device)
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
-    # The text encoder needs the device's memory first.
-    model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+    with distributed.first_process_first():  # on the CPU: the text encoder needs the device first
+        model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     model.resize(args.height, args.width)
-    models.choose_kernels(model, device)
+    models.choose_kernels(device)
     name = sampler_name(args.sampler or model.sampler)
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
@@ -372,6 +379,8 @@ def main():
                                               args.schedule, args.tau, args.seed, args.forecast)
     items = choose_items(model, args.labels, read_prompts(args.prompt, args.prompts),
                          args.num_samples, args.seed)
+    distributed.check_enough(math.ceil(len(items) / args.batch_size),
+                             "batches of images: use a smaller --batch-size")
     settings = {
         "model": args.model, "weights": args.weights, "sampler": name, "steps": steps,
         "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
@@ -382,24 +391,26 @@ def main():
         settings["forecast"] = order
     if model.text == "t5":
         settings["clean_captions"] = model.clean
-    first = 0 if out.suffix else continue_folder(out, settings, items)
-    if first == len(items):
-        print(f"{out} holds all {first} images")
+    needed = None if out.suffix else missing(out, settings, items)
+    if needed == set():
+        print(f"{out} holds all {len(items)} images")
         return
-    model.prepare(items, device)  # the text encoder is gone again before the network comes
+    with distributed.first_process_first():
+        model.prepare(items, device)  # the text encoder is gone again before the network comes
     model.to(device)
-    decode = make_decoder(model, args.vae, args.latents)
+    with distributed.first_process_first():
+        decode = make_decoder(model, args.vae, args.latents)
     print(f"{model.name}, {name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
           f"{model.device}\n{source}, CUR {100 * router.cur(schedule):.1f} %")
 
     # One batch made twice is enough for time and error. Without reuse there is nothing to compare.
     twice = math.inf if args.compare else 0 if schedule.all() else 1
     cache = Cache(schedule, order) if twice else None
-    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache, first,
-                       twice)
+    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache,
+                       needed, twice if distributed.rank() == 0 else 0)
     write_all(batches, out, decode, items, settings, model, steps, cache, args.compare)
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, several=True)

@@ -21,7 +21,7 @@ Notation: T denoising steps, K branches.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import copy
 import dataclasses
@@ -30,7 +30,6 @@ import random
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import command
 import models
@@ -59,7 +58,7 @@ class Log:
 
     def __init__(self, path=None, about=None, values=(), total=None):
         self.path, self.about, self.values, self.next = path, about, list(values), 0
-        self.bar = tqdm(total=total, unit="evaluation", disable=None, unit_scale=True)
+        self.bar = command.progress(total=total, unit="evaluation", unit_scale=True)
 
     def __call__(self, work, measure):
         """The next number, or list of numbers; `measure()` gives it if it is not here yet. `work`
@@ -365,7 +364,7 @@ def main():
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
     model = models.load(args.model, args.weights, "cpu", args.dtype)
-    models.choose_kernels(model, device)
+    models.choose_kernels(device)
     settings = settings_of(args, model, device)
     sampler = make_sampler(settings["sampler"], settings["steps"])
     if settings["steps"] > MOST_STEPS:

@@ -4,6 +4,7 @@ teacher, with no images (HarmoniCa, https://arxiv.org/abs/2410.01723, sections 3
     python train_stepwise.py                               # digits, 2 to 5 minutes on 2 CPU cores
     python train_stepwise.py --model dit256 --beta 4e-8    # DiT-XL/2, T = 20, a 24 GB GPU
     python train_stepwise.py --model pixart256 --sampler sa-solver --steps 25
+    torchrun --nproc_per_node 4 train_stepwise.py --model dit256 --beta 4e-8 --proxy cumulative
 
 From noise x_T and random labels or prompts, at each step i, with the network frozen:
     teacher     prediction without a cache at the student's x, no gradient
@@ -21,8 +22,9 @@ Notation: B images, T denoising steps, K cacheable branches.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -33,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import command
+import distributed
 import models
 import proxy
 import shipped
@@ -48,13 +51,15 @@ TRAINING, PROXY = 1, 2  # the purposes of Noise
 
 @dataclasses.dataclass
 class Chunk:
-    """A part of the batch that fits into memory, and all that belongs to its trajectories."""
+    """A part of the batch that fits into memory, and all that belongs to its trajectories. The
+    processes share the `count` chunks of a batch."""
 
     x: torch.Tensor  # (b, C, H, W)
     condition: tuple  # for 2 b rows
     noise: Noise
     sampler: object
     share: float  # b / B
+    count: int
     cache: SoftCache | None = None
 
     def predict(self, network, i, guidance, cache=None):
@@ -69,17 +74,17 @@ class Chunk:
 
 def chunks_of(model, sampler, seed, numbers, micro_batch, purpose, prompts=None):
     """Fresh noise, and random labels or some of the `prompts`, for the images `numbers` -> a list
-    of Chunks."""
-    chunks = []
-    for first in range(0, len(numbers), micro_batch):
-        noise = Noise(seed, numbers[first : first + micro_batch], purpose)
+    of Chunks, this process's."""
+    chunks, count = [], math.ceil(len(numbers) / micro_batch)
+    for c in distributed.mine(count):
+        noise = Noise(seed, numbers[c * micro_batch : (c + 1) * micro_batch], purpose)
         if prompts is None:
             items = noise.labels(model.network.num_classes)
         else:
             items = [prompts[k] for k in noise.labels(len(prompts))]
         x, condition = noise.start(model.shape, model.device), model.condition(items)
         share = len(noise.numbers) / len(numbers)
-        chunks.append(Chunk(x, condition, noise, copy.copy(sampler), share))
+        chunks.append(Chunk(x, condition, noise, copy.copy(sampler), share, count))
     return chunks
 
 
@@ -98,8 +103,9 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
         with torch.no_grad():
             chunk.advance(0, chunk.predict(network, 0, guidance, chunk.cache))
 
+    elements = chunks[0].x.numel() / chunks[0].share  # of the whole batch
     for i, t in enumerate(timesteps[1:], start=1):
-        error, scale = 0.0, training.loss_scale(lambda_[i] / chunks[0].x.numel())
+        row, scale, parts = router.rows[i - 1], training.loss_scale(lambda_[i] / elements), []
         for chunk in chunks:
             with torch.no_grad():
                 target = chunk.predict(network, i, guidance)  # teacher
@@ -107,15 +113,17 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
             # Weighted by its share, a chunk adds its part to the mean over the batch, and to the
             # gradient: any micro-batch gives the same update.
             mse = chunk.share * F.mse_loss(prediction, target)
-            (scale * lambda_[i] * mse).backward()
-            error += mse.item()
+            (gradient,) = torch.autograd.grad(scale * lambda_[i] * mse, row)
+            parts.append(torch.cat([gradient / scale, mse.detach()[None]]))
             # The next x is the student's own, because in sampling its errors add up as well. It is
             # detached: each row learns from its own step, and memory holds one step's graph.
             chunk.advance(i, prediction.detach())
-        router.rows[i - 1].grad /= scale
+        total = sum(distributed.together(torch.stack(parts), chunks[0].count))
         usage = beta * router.scores(i).sum()
         usage.backward()
-        losses.append(lambda_[i] * error + usage.item())
+        row.grad += total[:-1]
+        error, cost = torch.stack([total[-1], usage.detach()]).tolist()  # a GPU is waited for once
+        losses.append(lambda_[i] * error + cost)
         errors.append(error)
         training.check_loss(losses[-1], f" at step {i} (timestep {t:g})")
         optimizer.step()  # finds a gradient on row i only
@@ -127,12 +135,10 @@ def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, b
 def measure_weights(model, router, chunks, guidance, tau, variant, objective="iepo", order=0):
     """The objective's weight of each step's error, from a batch in chunks: -> list of T floats."""
     scores = torch.sigmoid(router.logits())
-    both = 0
-    for chunk in chunks:
-        both = both + chunk.share * proxy.measure(
-            model.network, chunk.sampler, chunk.x, chunk.condition, guidance, scores, tau,
-            chunk.noise, variant, order)
-    lambda_, mse = both  # each (T,)
+    parts = [chunk.share * proxy.measure(model.network, chunk.sampler, chunk.x, chunk.condition,
+                                         guidance, scores, tau, chunk.noise, variant, order)
+             for chunk in chunks]
+    lambda_, mse = sum(distributed.together(torch.stack(parts), chunks[0].count))  # each (T,)
     return (lambda_ if objective == "iepo" else proxy.sensitivity(lambda_, mse)).tolist()
 
 
@@ -143,6 +149,8 @@ def train(model, settings, out, resume=False, prompts=None):
     guidance, tau, B = settings["guidance"], settings["tau"], settings["batch_size"]
     objective, order = settings["objective"], settings["forecast"]
     every = math.ceil(settings["lambda_every"] / settings["steps"])  # in trajectories
+    distributed.check_enough(math.ceil(B / settings["micro_batch"]),
+                             "chunks of a batch: use a smaller --micro-batch")
     router = training.first_router(model, settings)
     run = training.Run(model, sampler, router, settings, out, resume, data=prompts or ())
     for n in run:
@@ -154,27 +162,6 @@ def train(model, settings, out, resume=False, prompts=None):
         run.record(*train_trajectory(model, router, run.optimizer, draw(TRAINING), run.lambda_,
                                      guidance, tau, run.beta, order))
     return run.finish()
-
-
-# ------------------------------------------------------------------------------------------------
-# Settings
-
-# For T = 20, found by measurement. A logit moves at most lr per update of its row, so a short run
-# needs a high rate. Without lambda the error has another scale: there is a beta for each objective.
-SMALL = dict(lr=0.1, iterations=2000, lambda_every=400, batch_size=8)
-BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4, sensitivity=2.5e-4),
-         "emoji": dict(iepo=1e-7, ltc=1e-4, sensitivity=None)}
-# Published for DiT-XL/2 (64 rows a batch, counting both guidance halves). The other official models
-# start from the same: the paper gives none for PixArt. LTC's beta is Learning-to-Cache's own.
-PUBLISHED = dict(lr=0.01, iterations=20000, lambda_every=500, batch_size=32, micro_batch=8)
-PUBLISHED_BETAS = dict(iepo=4e-8, ltc=5e-6, sensitivity=None)
-
-
-def defaults_of(name, objective, steps):
-    """The settings of a model, by name, for T = `steps` (None: its own T)."""
-    if name in BETAS:
-        return training.for_steps({"beta": BETAS[name][objective], **SMALL}, steps)
-    return {"beta": PUBLISHED_BETAS[objective], **PUBLISHED}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -190,39 +177,42 @@ def read_flags():
                         help="the weight of a step's error: lambda, lambda / MSE, or 1 (iepo)")
     command.add_forecast_flag(parser, default=0)
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
-                        help="the paper's lambda, or the official code's (leave-one-out)")
+                        help="the paper's lambda (default), or the official code's, to which the "
+                             "published betas belong")
     parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
     parser.add_argument("--prompts", type=command.name,
                         help="a file of prompts, one a line, for a text model")
-    parser.add_argument("--raw-captions", action="store_true",
-                        help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
+    command.add_captions_flag(parser)
     return parser.parse_args()
 
 
 def main():
     args = read_flags()
-    settings = training.settings_of(args, defaults_of(args.model, args.objective, args.steps))
-    device = models.find_device(args.device)
+    defaults = training.defaults_of(args.model, args.objective, args.steps)
+    settings = training.settings_of(args, defaults)
+    device = distributed.start(models.find_device(args.device))
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
-    model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+    with distributed.first_process_first():
+        model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     if args.prompts and model.text is None:
         raise ValueError(f"{args.model} takes labels, not prompts: leave --prompts out")
     prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
-    models.choose_kernels(model, device)
-    if model.text:
-        model.prepare(prompts, device)  # the text encoder is gone again before the network comes
+    models.choose_kernels(device)
+    with distributed.first_process_first():
+        model.prepare(prompts or (), device)  # the text encoder is gone before the network comes
     model.to(device)
     settings["raw_captions"] = model.text == "t5" and not model.clean  # also if it never cleans
     for key in ("sampler", "steps", "guidance"):
-        if settings[key] is None:
-            settings[key] = getattr(model, key)
+        settings[key] = getattr(model, key) if settings[key] is None else settings[key]
     out = args.out or Path("runs") / args.model
     print(f"{args.model} on {model.device}: {settings['objective']}, beta {settings['beta']:g}, "
           f"{settings['sampler']}, T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    with command.locked(out):
+    for note in training.notes(settings):
+        print(note)
+    with command.locked(out) if distributed.rank() == 0 else contextlib.nullcontext():
         training.report(train(model, settings, out, args.resume, prompts), settings, out)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, several=True)

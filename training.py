@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import command
+import distributed
 import models
 import pictures
 import router as routers
@@ -49,6 +49,34 @@ def for_steps(defaults, steps):
                 for key, value in defaults.items()}
     beta = defaults["beta"]
     return settings | {"beta": beta and (20 / T) ** 2 * beta}
+
+
+# SDT's settings for T = 20, found by measurement. A logit moves at most lr per update of its row,
+# so a short run needs a high rate. Each objective has errors of another scale, and its own beta.
+SMALL = dict(lr=0.1, iterations=2000, lambda_every=400, batch_size=8)
+BETAS = {"digits": dict(iepo=4e-7, ltc=1e-4, sensitivity=2.5e-4),
+         "emoji": dict(iepo=1e-7, ltc=1e-4, sensitivity=None)}
+# Published for DiT-XL/2 (64 rows a batch, counting both guidance halves). The other official models
+# start from the same: the paper gives none for PixArt. LTC's beta is Learning-to-Cache's own.
+PUBLISHED = dict(lr=0.01, iterations=20000, lambda_every=500, batch_size=32, micro_batch=8)
+PUBLISHED_BETAS = dict(iepo=4e-8, ltc=5e-6, sensitivity=None)
+
+
+def defaults_of(name, objective, steps):
+    """SDT's settings for a model, by name, at T = `steps` (None: its own T)."""
+    if name in BETAS:
+        return for_steps({"beta": BETAS[name][objective], **SMALL}, steps)
+    return {"beta": PUBLISHED_BETAS[objective], **PUBLISHED}
+
+
+def notes(settings):
+    """What the user should know before SDT starts: a list of lines."""
+    if settings["model"] in BETAS or settings["objective"] != "iepo" or settings["target_cur"] or (
+        settings["proxy"] == "cumulative"
+    ):
+        return []
+    return ["note: published betas, like 4e-8, belong to --proxy cumulative. The paper's lambda "
+            "has another scale: --target-cur 0.26 finds the beta for it"]
 
 
 def settings_of(args, defaults):
@@ -207,9 +235,10 @@ class Run:
         if state:
             self._load(state)
         self.first = self.done
-        write_json(self.out / "settings.json", settings)
-        # A run that was killed after its log and before its state has a line too many.
-        keep_lines(self.out / "log.jsonl", self.done)
+        if distributed.rank() == 0:
+            write_json(self.out / "settings.json", settings)
+            # A run that was killed after its log and before its state has a line too many.
+            keep_lines(self.out / "log.jsonl", self.done)
 
     @property
     def beta(self):
@@ -223,8 +252,8 @@ class Run:
 
     def __iter__(self):
         planned = math.ceil(self.settings["iterations"] / self.length)
-        with tqdm(total=planned * self.length, initial=self.done * self.length, unit="iteration",
-                  disable=None) as self.bar:
+        with command.progress(total=planned * self.length, initial=self.done * self.length,
+                              unit="iteration") as self.bar:
             # Without a target CUR, any is `reached`.
             while self.done < planned or (
                 self.done < 2 * planned and not self.search.reached(self.curs[-1])
@@ -248,13 +277,14 @@ class Run:
             **self.news,
         }
         self.news = {}
-        # The log first. A line too many is cut off when the run is resumed; one that is missing
-        # could not be made again.
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        command.save_state(self.out / "state.pt", self._state())
+        if distributed.rank() == 0:
+            # The log first. A line too many is cut off when the run is resumed; one that is missing
+            # could not be made again.
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            command.save_state(self.out / "state.pt", self._state())
+        self.bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * self.curs[-1]:.1f} %", False)
         self.bar.update(self.length)
-        self.bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * self.curs[-1]:.1f} %")
 
     def _state(self):
         return {
@@ -311,10 +341,11 @@ class Run:
             "images": images if self.settings["objective"] == "learning-to-cache" else 0,  # real
             "peak_memory": command.peak_memory(self.model.device),
         }
-        # A finished run that is resumed keeps its results: this process's memory is not the run's.
-        if self.done > self.first or not (self.out / "results.json").exists():
-            write_json(self.out / "results.json", results)
-        self._save_router(results)
+        if distributed.rank() == 0:
+            # A resumed run that was finished keeps its results: this process's memory is not its.
+            if self.done > self.first or not (self.out / "results.json").exists():
+                write_json(self.out / "results.json", results)
+            self._save_router(results)
         return results
 
     def _save_router(self, results):

@@ -26,7 +26,7 @@ Notation: T denoising steps, K branches, CUR the cache utilisation ratio.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import dataclasses
 import hashlib
@@ -297,8 +297,8 @@ def read_flags():
                         help="a folder of one folder a class, for Learning-to-Cache")
     parser.add_argument("--prompts", type=command.name,
                         help="a file of prompts, one a line, for a text model")
-    parser.add_argument("--vae", type=command.name,
-                        help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--vae", type=command.place,
+                        help="the autoencoder's weights, if not the usual file or folder")
     parser.add_argument("--out", type=command.name, help="folder (default: runs/table-MODEL-T)")
     args = parser.parse_args()
     args.curs, args.methods = read_curs(args.curs), args.methods.split(";")
@@ -377,7 +377,7 @@ def load_model(args):
     prompts = shipped.read_prompts(args.prompts) if args.prompts else None
     items = model.items(args.num_samples, prompts)
     device = models.find_device(args.device)
-    models.choose_kernels(model, device)
+    models.choose_kernels(device)
     model.prepare(list(dict.fromkeys(items)), device)
     return model.to(device), items
 

@@ -13,7 +13,7 @@ Notation: B images of a batch, N of the data set, C channels, M caption tokens.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import copy
 import math
@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import command
 import dit
@@ -97,7 +96,7 @@ def fit(network, loss, args, state_path, bfloat16=False):
     print(f"{sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{'bfloat16' if bfloat16 else 'float32'}, seed {args.seed}")
 
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=None)
+    bar = command.progress(range(first, args.steps), initial=first, total=args.steps, unit="step")
     running = {}  # moving averages of the terms, for the bar
     for step in bar:
         start = time.perf_counter()
@@ -106,7 +105,7 @@ def fit(network, loss, args, state_path, bfloat16=False):
         seconds += time.perf_counter() - start
         for key, term in terms.items():
             running[key] = 0.99 * running.get(key, term.item()) + 0.01 * term.item()
-        bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()})
+        bar.set_postfix({key: f"{value:.4f}" for key, value in running.items()}, refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             save_at(step + 1)
     return average.eval(), seconds / 3600

@@ -13,7 +13,7 @@ the errors. Steps count from 0.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import command
 import models
@@ -51,7 +51,7 @@ def main():
     if not 1 <= args.num_samples <= MOST_IMAGES:
         raise ValueError(f"--num-samples must be 1 to {MOST_IMAGES:,}, all at once")
     model = models.load(args.model)
-    models.choose_kernels(model)
+    models.choose_kernels(model.device)
     file = routers.load(args.router or model.router)
     T, K = file.logits.shape
     file.check(model.name, file.about["sampler"], T, len(model.network.branches))

@@ -16,7 +16,7 @@ Notation: B images, T denoising steps, K branches.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import statistics
 import time
@@ -165,7 +165,7 @@ def main():
     if model.text:
         raise ValueError(f"{args.model} takes prompts: this experiment is for models that take "
                          "labels")
-    models.choose_kernels(model)
+    models.choose_kernels(model.device)
     measure = vars(args).pop("cost")
     steps = 10 if args.steps is None else args.steps
     defaults = training.for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # for every T

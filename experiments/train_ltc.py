@@ -19,7 +19,7 @@ Notation: B images, T denoising steps, K branches.
 """
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import math
 import warnings
@@ -214,8 +214,8 @@ def main():
     command.add_model_flags(parser)
     parser.add_argument("--images", type=command.name,
                         help="a folder of one folder a class, if not for digits")
-    parser.add_argument("--vae", type=command.name,
-                        help="the autoencoder's weights, if not the usual file")
+    parser.add_argument("--vae", type=command.place,
+                        help="the autoencoder's weights, if not the usual file or folder")
     training.add_flags(parser, "runs/MODEL-ltc")
     args = parser.parse_args()
 
@@ -234,7 +234,7 @@ def main():
     if model.text:
         raise ValueError(f"{args.model} takes prompts: Learning-to-Cache is for models that take "
                          "labels")
-    models.choose_kernels(model)
+    models.choose_kernels(model.device)
     settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
                  "steps": model.steps if args.steps is None else args.steps,
                  "sampler": args.sampler or "ddim"}

@@ -11,7 +11,5 @@ def kernels():
     """A command chooses torch's kernels for its process. Tests run commands in theirs, so each puts
     back what it found."""
     precision = torch.get_float32_matmul_precision()
-    flash = torch.backends.cuda.flash_sdp_enabled()
     yield
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)

@@ -177,7 +177,7 @@ def test_the_release_holds_what_students_need_and_nothing_of_the_lecturer(unpack
 def course(tmp_path):
     """A small copy of the repository, in which tests plant leaks."""
     shutil.copytree(HERE, tmp_path / "notebooks" / "assignments")
-    for name in ("README.md", "command.py", "interrupt.py"):
+    for name in ("README.md", "command.py", "startup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -347,7 +347,7 @@ def tiny(tmp_path_factory):
     (folder / "a9_tiny").mkdir()
     for name in ("conftest.py", "folders.py", "lecturer/grade.py", "lecturer/recorder.py"):
         shutil.copy(HERE / name, folder / name)
-    for name in ("command.py", "interrupt.py"):
+    for name in ("command.py", "startup.py"):
         shutil.copy(ROOT / name, root)
     (folder / "a9_tiny" / "test_student.py").write_text(TESTS)
     (solution / "student.py").write_text(SOLUTION)

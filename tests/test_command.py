@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import command
+import text
 
 
 def names(folder):
@@ -359,6 +360,46 @@ def test_a_lack_of_memory_is_one_line(error, capsys):
     line = capsys.readouterr().err
     assert caught.value.code == 2 and line.count("\n") == 1
     assert line.startswith("error: out of memory: try a smaller --batch-size")
+
+
+MISSING_ON_MPS = ("The operator 'aten::_linalg_eigh' is not currently implemented for the MPS "
+                  "device.\nAs a temporary fix, you can set the environment variable ...")
+
+
+def test_what_torch_lacks_on_mps_is_one_line(capsys):
+    def main():
+        raise NotImplementedError(MISSING_ON_MPS)
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: torch lacks an operation on mps: use --device cpu, or set "
+                           "PYTORCH_ENABLE_MPS_FALLBACK=1")
+    assert "aten::_linalg_eigh" in line
+
+    def unfinished():
+        raise NotImplementedError("not written yet")
+
+    with pytest.raises(NotImplementedError):  # a fault of the code's own
+        command.run(unfinished)
+
+
+def test_each_kind_of_device_is_asked_in_its_own_words(monkeypatch):
+    asked = []
+    for kind, names in (("cuda", ("synchronize", "max_memory_allocated", "empty_cache")),
+                        ("mps", ("synchronize", "driver_allocated_memory", "empty_cache"))):
+        for name in names:
+            monkeypatch.setattr(getattr(torch, kind), name,
+                                lambda *device, words=f"{kind}.{name}": asked.append(words) or 7)
+    for device in ("cuda:1", "mps", "cpu"):
+        command.synchronize(device)
+        peak = command.peak_memory(device)
+        text.free_memory(torch.device(device))
+        assert peak == 7 if device != "cpu" else peak is None or peak > 1e6
+    assert asked == ["cuda.synchronize", "cuda.max_memory_allocated", "cuda.empty_cache",
+                     "mps.synchronize", "mps.driver_allocated_memory", "mps.empty_cache"]
+
 
 
 def test_a_message_is_one_line_and_commands_no_terminal(capsys):

@@ -119,15 +119,27 @@ def test_unknown_names_are_refused_with_those_that_exist(digits):
             models.load("digits", weights=digits[1], device=device)
 
 
-def test_the_default_device_is_cuda_if_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.find_device() == "cpu"
-    with pytest.raises(ValueError, match="no device cuda here"):
-        models.find_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models.find_device() == "cuda"
-    assert models.find_device("cuda:1") == "cuda:1"
-    assert models.find_device("cpu") == "cpu"
+@pytest.mark.parametrize("gpus, apple, there", [
+    (0, False, ["cpu"]),
+    (1, False, ["cuda", "cuda:0", "cpu"]),
+    (2, False, ["cuda", "cuda:0", "cuda:1", "cpu"]),
+    (0, True, ["mps", "cpu"]),
+    (1, True, ["cuda", "cuda:0", "mps", "cpu"]),
+])
+def test_a_device_is_one_that_is_there(monkeypatch, gpus, apple, there):
+    """By default it is the first of cuda, mps, cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: max(gpus, 1))  # 1: a broken driver
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert models.find_device() == there[0]
+    for name in ("cuda", "cuda:0", "cuda:1", "cuda:7", "mps", "cpu", "mps:1", "cuda:", "xpu", ""):
+        if name in there:
+            assert models.find_device(name) == name
+        else:
+            with pytest.raises(ValueError) as caught:
+                models.find_device(name)
+            words = f"no device {name} here: torch finds only {', '.join(there)}"
+            assert str(caught.value) == words
 
 
 def test_weights_that_are_missing_or_do_not_fit(tmp_path):
@@ -478,6 +490,21 @@ def test_weights_without_a_null_caption_get_t5s(monkeypatch):
     assert (y[0] == 1).all() and (y[1] == 2).all()
 
 
+def test_a_pipelines_own_text_encoder_is_asked(tmp_path, monkeypatch):
+    network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6)
+    network.y_embedder.y_embedding.fill_(torch.nan)
+    model = models.Model("tiny", network, "ddim", 20, 4.5, text="t5", folder=tmp_path)
+    asked = []
+    for name in ("encode", "encode_each", "null_caption"):
+        monkeypatch.setattr(text, name, lambda *args, model, **kwargs: asked.append(model) or [])
+    for place in (text.T5_XXL, tmp_path):
+        model.prepare(["a dog"])
+        model.encode(["a dog"])
+        assert asked == [place] * 3
+        asked.clear()
+        (tmp_path / "text_encoder").mkdir(exist_ok=True)
+
+
 def test_micro_conditions_are_told_the_pictures_size():
     network = pixart.PixArt(input_size=8, **TINY_PIXART, model_max_length=6, micro_conditions=True)
     model = models.Model("tiny", network, "ddim", 20, 4.5, text="hashed", autoencoder="x/y")
@@ -506,32 +533,12 @@ def test_an_autoencoder_by_file_and_without_a_network(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value) and "--vae" in str(caught.value)
 
 
-def test_kernels_are_chosen_by_device_and_tokens(monkeypatch):
-    """Fused attention for many tokens only; fast products only where they are exact."""
-    def model(side):  # side x side tokens
-        network = pixart.PixArt(input_size=side, **{**TINY_PIXART, "patch_size": 1})
-        return models.Model("tiny", network, "ddim", 20, 4.5, text="hashed")
-
-    def chosen():
-        return torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-
-    assert models.product_error() < 1e-6
-    for side, flash in ((10, False), (11, True), (7, False)):
-        models.choose_kernels(model(side))
-        assert chosen() == ("medium", flash)
-    models.choose_kernels(model(7), "cuda")
-    assert chosen() == ("high", True)
-    rounded = torch.nn.functional.linear
-
-    def linear(*args):  # as a processor does that rounds factors to bfloat16
-        if args[0].dtype == torch.float64:
-            return rounded(*args)
-        return rounded(*(x.bfloat16().float() for x in args))
-
-    monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    assert models.product_error() > 1e-4
-    models.choose_kernels(model(7))
-    assert chosen() == ("highest", False)
+def test_only_a_gpu_computes_in_tf32():
+    before = torch.get_float32_matmul_precision()
+    models.choose_kernels("cpu")
+    assert torch.get_float32_matmul_precision() == before
+    models.choose_kernels("cuda:1")
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_loading_a_model_leaves_the_kernels_alone():

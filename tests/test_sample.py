@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import checkpoint
 import command
 import dit
 import models
@@ -302,7 +303,7 @@ def test_write_an_npz_as_adm_reads_it(tmp_path):
 def test_write_a_folder_numbers_the_images_on(tmp_path):
     images = random_images(5, 28, 20)
     pictures.write(tmp_path / "x", images[:3])
-    pictures.write(tmp_path / "x", images[3:], first=3)
+    pictures.write(tmp_path / "x", images[3:], range(3, len(images)))
     files = sorted((tmp_path / "x").iterdir())
     assert [file.name for file in files] == [f"{j:06d}.png" for j in range(5)]
     for file, image in zip(files, images, strict=True):
@@ -687,6 +688,28 @@ def test_a_folder_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     assert len((tmp_path / "x" / "items.txt").read_text().splitlines()) == 6
 
 
+def test_weights_in_a_folder_of_diffusers(run, network, tmp_path):
+    """The same pictures as from the file; a folder of images goes on; the weights stay."""
+    folder = tmp_path / "pipe" / "transformer"
+    folder.mkdir(parents=True)
+    layout = checkpoint.to_diffusers(network.state_dict(), network)
+    save_file(layout, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    save_file(layout, tmp_path / "w.safetensors")
+    run("--schedule", "fora:2", "--weights", "w.safetensors", "--out", "file")
+    run("--schedule", "fora:2", "--weights", "pipe", "--out", "x")
+    assert np.array_equal(images_in(tmp_path / "x"), images_in(tmp_path / "file"))
+    again = ("--schedule", "fora:2", "--weights", "pipe/", "--out", "x")  # as a shell completes it
+    assert "x holds all 3 images" in run(*again)
+    save_file({key: value + 1 for key, value in layout.items()},
+              folder / "diffusion_pytorch_model.safetensors")
+    for flags in (again, (*again[:-1], "pipe"), (*again[:-1], "pipe/transformer")):
+        with pytest.raises(SystemExit):  # replaced weights; images among the weights
+            run(*flags)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors"]
+
+
 def test_random_labels_are_seeded_and_each_images_own():
     labels = sample.choose_labels("random", 10, 400, seed=3)
     assert labels[:7] == sample.choose_labels("random", 10, 7, seed=3)
@@ -842,6 +865,7 @@ def assert_one_line(error):
     ("--batch-size 0 --schedule none", "--batch-size"),
     ("--dtype int8", "unknown dtype int8"),
     ("--device tpu", "no device tpu"),
+    ("--device cuda:77", "no device cuda:77 here: torch finds only "),
     ("--router nothing.safetensors", "no router file at nothing.safetensors"),
     ("--router .", "no router file at ."),
     ("--router truncated.safetensors", "truncated.safetensors"),

@@ -459,11 +459,11 @@ def test_the_loss_scale_is_a_power_of_two_near_the_inverse(factor):
 
 def test_settings_for_other_numbers_of_steps():
     for objective, beta in (("iepo", 4e-7), ("ltc", 1e-4)):
-        usual = train_stepwise.defaults_of("digits", objective, None)
-        assert usual == train_stepwise.defaults_of("digits", objective, 20)
-        assert usual == {"beta": beta, **train_stepwise.SMALL}
+        usual = training.defaults_of("digits", objective, None)
+        assert usual == training.defaults_of("digits", objective, 20)
+        assert usual == {"beta": beta, **training.SMALL}
         for steps in range(2, 1001):
-            settings = train_stepwise.defaults_of("digits", objective, steps)
+            settings = training.defaults_of("digits", objective, steps)
             assert settings["iterations"] == 100 * steps and settings["lambda_every"] == 20 * steps
             assert settings["beta"] * steps**2 == pytest.approx(beta * 20**2)
             assert settings["lr"] == 0.1
@@ -472,5 +472,5 @@ def test_settings_for_other_numbers_of_steps():
 def test_published_settings_hold_for_every_number_of_steps():
     for name in ("dit256", "pixart1024"):
         for steps in (None, 10, 50):
-            settings = train_stepwise.defaults_of(name, "iepo", steps)
-            assert settings == {"beta": 4e-8, **train_stepwise.PUBLISHED}
+            settings = training.defaults_of(name, "iepo", steps)
+            assert settings == {"beta": 4e-8, **training.PUBLISHED}

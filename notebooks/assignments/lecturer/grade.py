@@ -27,7 +27,7 @@ ROOT = ASSIGNMENTS.parent.parent
 sys.path[:0] = [str(ROOT), str(ASSIGNMENTS)]
 
 if __name__ == "__main__":
-    import interrupt  # noqa: F401, before the slow imports
+    import startup  # noqa: F401, before the slow imports
 
 import ast  # noqa: E402
 import concurrent.futures  # noqa: E402
@@ -46,7 +46,6 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 
 import folders  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import command  # noqa: E402
 
@@ -262,8 +261,9 @@ def grade(assignment, submissions, times=10, memory=4e9, jobs=None, out=None):
     with concurrent.futures.ThreadPoolExecutor(jobs or cores()) as pool:
         futures = {pool.submit(work, name): name for name in pending}
         try:
-            for future in tqdm(concurrent.futures.as_completed(futures), initial=len(names) -
-                               len(pending), total=len(names), unit="submission", disable=None):
+            for future in command.progress(concurrent.futures.as_completed(futures),
+                                           initial=len(names) - len(pending), total=len(names),
+                                           unit="submission"):
                 progress.add(futures[future], future.result())
         except BaseException:  # an interruption, or a full disk
             pool.shutdown(cancel_futures=True)  # running ones end at their time limit

@@ -1,0 +1,169 @@
+"""Commands whose work two processes share, on the CPU, beside the same commands in one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import distributed
+import dit
+import sample
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def call(*words, processes=1):
+    """Runs a command of this project -> exit code, stdout, stderr."""
+    start = [*TORCHRUN, str(processes)] if processes > 1 else []
+    answer = subprocess.run([sys.executable, *start, *map(str, words)], cwd=ROOT, text=True,
+                            capture_output=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return answer.returncode, answer.stdout, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    network = dit.DiT(**dit.SIZES["digits"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.08, generator=generator)
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+def train(weights, out, processes, *more):
+    iterations = 9 if processes == 3 else 6
+    return call("train_stepwise.py", "--weights", weights, "--device", "cpu", "--steps", 3,
+                "--batch-size", 5, "--micro-batch", 2, "--iterations", iterations, "--lambda-every",
+                3, "--beta", 1e-5, "--out", out, *more, processes=processes)
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_the_router_of_several_processes_is_that_of_one_to_the_last_bit(weights, tmp_path):
+    """Three chunks, of which the last is smaller. What one process began, two go on with."""
+    runs = {}
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        code, stdout, stderr = train(weights, out, processes)
+        assert code == 0, stderr
+        first = stdout.splitlines()[0]
+        assert first == f"{processes} processes" if processes > 1 else first.startswith("digits on")
+        assert stdout.count("wrote ") == 1  # only one of them tells it
+        if processes == 1:
+            assert train(weights, out, 2, "--iterations", "9", "--resume")[0] == 0
+        runs[processes] = log_of(out), (out / "router.safetensors").read_bytes()
+    assert runs[1] == runs[3] and runs[2][0] == runs[3][0][:2]
+
+
+def test_the_images_and_metrics_of_two_processes_are_those_of_one(tmp_path):
+    flags = ["sample.py", "--device", "cpu", "--schedule", "fora:2", "--steps", 3,
+             "--num-samples", 7, "--batch-size", 2, "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, processes in ((one, 1), (two, 2)):
+        code, _, stderr = call(*flags, out, processes=processes)
+        assert code == 0, stderr
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir()) and len(names) == 9
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    for j in (0, 3, 4):
+        (two / f"{j:06d}.png").unlink()
+    assert call(*flags, two, processes=2)[0] == 0
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+    values = []
+    for processes in (1, 2):
+        code, stdout, stderr = call("metrics.py", two, "--device", "cpu", "--batch-size", 2,
+                                    "--json", processes=processes)
+        assert code == 0, stderr
+        values.append(json.loads(stdout.splitlines()[-1])["values"])
+    assert values[0].keys() == values[1].keys() and len(values[0]) > 5
+    for key, value in values[0].items():
+        assert values[1][key] == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("words, message", (
+    (["train_stepwise.py", "--iterations", 2, "--steps", 2, "--out", "FOLDER"],
+     "2 processes for 1 chunks of a batch: use a smaller --micro-batch"),
+    (["search.py", "--speedup", 2, "--out", "FOLDER"], "start it by python, not torchrun"),
+))
+def test_what_cannot_be_shared_is_one_line(tmp_path, words, message):
+    words = [str(word).replace("FOLDER", str(tmp_path / "out")) for word in words]
+    code, _, stderr = call(*words, processes=2)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1 and message in errors[0]
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+DIES = """
+import os, sys
+import train_stepwise, command, training
+
+record = training.Run.record
+def dies(self, *args):
+    if os.environ["RANK"] == "1" and self.done == 0:
+        os._exit(7)
+    record(self, *args)
+training.Run.record = dies
+command.run(train_stepwise.main, several=True)
+"""
+
+
+def test_nobody_waits_for_a_process_that_died_and_the_run_goes_on_later(weights, tmp_path):
+    """Rank 1 ends without a word after the first of two trajectories."""
+    out, script = tmp_path / "out", tmp_path / "dies.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + DIES)
+    flags = ["--weights", weights, "--device", "cpu", "--steps", 3, "--batch-size", 4,
+             "--micro-batch", 2, "--iterations", 6, "--lambda-every", 3, "--beta", 1e-5, "--out"]
+    code, _, stderr = call(script, *flags, out, processes=2)
+    assert code != 0 and not (out / "router.safetensors").exists()
+    code, _, stderr = call("train_stepwise.py", *flags, out, "--resume", processes=2)
+    assert code == 0, stderr
+    assert call("train_stepwise.py", *flags, tmp_path / "whole")[0] == 0
+    assert log_of(out) == log_of(tmp_path / "whole")
+
+
+def test_one_process_needs_nothing_of_it():
+    part = torch.arange(6.0).reshape(3, 2)
+    assert distributed.together(part, 3) is part
+    assert distributed.mine(4) == range(4) and distributed.start("cpu") == "cpu"
+    assert (distributed.rank(), distributed.size()) == (0, 1)
+    with pytest.raises(ValueError, match="1 processes for 0 images"):
+        distributed.check_enough(0, "images")
+    distributed.wait()
+
+
+def test_several_processes_fill_a_folder_and_each_a_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ValueError, match="several processes fill a folder"):
+        sample.choose_out(tmp_path / "a.png", False, False)
+    with pytest.raises(ValueError, match="several processes fill a folder"):
+        sample.choose_out(None, False, False)
+    assert sample.choose_out(tmp_path / "a", False, False) == tmp_path / "a"
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--num-samples", "20", "--device", "cpu",
+                                      "--out", str(tmp_path / "a")])
+    with pytest.raises(ValueError, match="2 processes for 1 batches of images: use a smaller"):
+        sample.main()
+
+
+def test_shares_are_dealt_out_and_put_together_in_order(monkeypatch):
+    """Three ranks, one after another, with a sum that is taken here."""
+    rows, shares = [], []
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", rows.append)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.mine(8, group=2))
+        distributed.together(torch.tensor(shares[-1]), 8, group=2)
+    assert shares == [[0, 1, 6, 7], [2, 3], [4, 5]]
+    assert sum(rows).tolist() == list(range(8))
