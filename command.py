@@ -243,9 +243,11 @@ def run(main, several=False):
         if is_lack_of_memory(error):
             end("out of memory: try a smaller --batch-size or --micro-batch, fewer pixels, or "
                 f"--dtype bfloat16 ({one_line(error)[:200]})")
-        if not is_lost_connection(error):
-            raise
-        end("another of the processes has ended: see above why")
+        if is_lost_connection(error):
+            end("another of the processes has ended: see above why")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            end(f"torch.compile fails here: leave --compile out ({one_line(error)[:200]})")
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -327,6 +329,12 @@ def add_forecast_flag(parser, default=None):
 def add_captions_flag(parser):
     parser.add_argument("--raw-captions", action="store_true",
                         help="leave captions as they are (PixArt-alpha's are cleaned for T5)")
+
+
+def add_compile_flag(parser):
+    # None, not False, is what runs from before this flag hold.
+    parser.add_argument("--compile", action="store_true", default=None,
+                        help="torch.compile the branches: minutes at first, then faster on a GPU")
 
 
 def add_model_flags(parser):

@@ -152,14 +152,15 @@ class Model:
             digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def flops(self, steps, reused=None):
-        """Arithmetic of one image in `steps` evaluations with guidance, in FLOP. `reused` (K,) says
-        how often each branch is reused in that time."""
+    def flops(self, steps, reused=None, guidance=None):
+        """Arithmetic of one image in `steps` evaluations, in FLOP, both halves of the guided batch,
+        or at a `guidance` of 1 the conditional half. `reused` (K,) says how often each branch is
+        reused in that time."""
         branch_flops, other_flops = self.network.flops(*(self.size or ()))
         everything = steps * (sum(branch_flops) + other_flops)
         reused = reused or [0] * len(branch_flops)
         saved = sum(n * f for n, f in zip(reused, branch_flops, strict=True))
-        return 2 * (everything - saved)  # the label or prompt, and without it
+        return (1 if guidance == 1 else 2) * (everything - saved)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,6 +290,15 @@ def choose_kernels(device):
     choices are left alone: on two of them (AVX2 and AVX-512) no other was faster beyond noise."""
     if torch.device(device).type != "cpu":
         torch.set_float32_matmul_precision("high")
+
+
+def compile_branches(network):
+    """Has torch.compile make a graph of every kind of branch (attention, MLP), at its first use. A
+    graph of the whole network would be another one for each row of a schedule."""
+    for block in network.blocks:
+        for name in ("attn", "cross_attn", "mlp"):
+            if hasattr(block, name):
+                getattr(block, name).compile()
 
 
 def load_autoencoder(model, weights=None):

@@ -208,6 +208,7 @@ def generate(model, sampler, guidance, items, seed, batch_size, cache=None, miss
     `missing` (a set; None: all) one is enough for its batch to be made, all of it: rounding may
     differ with what else is in a batch. The first `twice` batches are also made without a cache, by
     `full_sampler` (None: the same sampler). The progress bar says `words`."""
+    guidance = None if guidance == 1 else guidance  # the null half would change nothing
     numbers = range(len(items))
     batches = [numbers[k : k + batch_size] for k in range(0, len(items), batch_size)]
     if missing is not None:
@@ -246,20 +247,20 @@ class Totals:
             self.squared_error += len(batch.x) * error
 
 
-def counted_flops(model, cache):
+def counted_flops(model, cache, guidance=None):
     """Arithmetic of one image in FLOP, from what the cache counted, not from its schedule."""
     trajectories = (cache.computed[0] + cache.reused[0]) / cache.steps
-    return model.flops(cache.steps, [n / trajectories for n in cache.reused])
+    return model.flops(cache.steps, [n / trajectories for n in cache.reused], guidance)
 
 
-def report(model, steps, cache, totals):
+def report(model, steps, guidance, cache, totals):
     """Prints what sampling took this process, without the autoencoder."""
     seconds = totals.seconds / totals.images
-    gflop = model.flops(steps) / 1e9
+    gflop = model.flops(steps, guidance=guidance) / 1e9
     if cache is None:
         print(f"seconds per image {seconds:.4f}, GFLOP per image {gflop:.3f}")
         return
-    cached_gflop = counted_flops(model, cache) / 1e9
+    cached_gflop = counted_flops(model, cache, guidance) / 1e9
     full_seconds = totals.full_seconds / totals.images
     print(f"                     no cache      cached\n"
           f"seconds per image  {full_seconds:10.4f}  {seconds:10.4f}   "
@@ -303,6 +304,7 @@ def read_flags():
                        help="none, fora:N, fora-paper:N or random:CUR")
     parser.add_argument("--tau", type=command.finite, help="threshold, if not the router's own")
     command.add_forecast_flag(parser)
+    command.add_compile_flag(parser)
     parser.add_argument("--labels", type=command.name,
                         help="like 3,1,4, repeated; random; default: each in turn")
     shown = parser.add_mutually_exclusive_group()
@@ -327,7 +329,7 @@ def read_flags():
     return args
 
 
-def write_all(batches, out, decode, items, settings, model, steps, cache, compare):
+def write_all(batches, out, decode, items, settings, model, cache, compare):
     """Writes the images as they come; only a picture of all needs them at the end. Then the first
     process reports."""
     totals, kept, kept_full = Totals(), [], []
@@ -352,7 +354,7 @@ def write_all(batches, out, decode, items, settings, model, steps, cache, compar
                 kept_full.append(decode(batch.full))
         distributed.wait()
     if distributed.rank() == 0:
-        report(model, steps, cache, totals)
+        report(model, settings["steps"], settings["guidance"], cache, totals)
     if compare:
         picture = comparison(np.concatenate(kept_full), np.concatenate(kept), totals, cache)
         command.save_image(out, picture)
@@ -389,6 +391,9 @@ def main():
     }
     if order:
         settings["forecast"] = order
+    if args.compile:
+        settings["compile"] = True
+        models.compile_branches(model.network)
     if model.text == "t5":
         settings["clean_captions"] = model.clean
     needed = None if out.suffix else missing(out, settings, items)
@@ -408,7 +413,7 @@ def main():
     cache = Cache(schedule, order) if twice else None
     batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache,
                        needed, twice if distributed.rank() == 0 else 0)
-    write_all(batches, out, decode, items, settings, model, steps, cache, args.compare)
+    write_all(batches, out, decode, items, settings, model, cache, args.compare)
     print(f"wrote {out}")
 
 

@@ -97,21 +97,24 @@ class Noise:
 
     def start(self, shape, device="cpu"):
         """x_T: (B, *shape) float32."""
-        return self._normal(shape, word=0).to(device)
+        return self._normal(shape, 0, device)
 
     def step(self, i, x):
         """Fresh noise for step i, shaped and placed like x (B, C, H, W)."""
-        return self._normal(x.shape[1:], word=1 + i).to(x)
+        return self._normal(x.shape[1:], 1 + i, x.device).to(x.dtype)
 
     def labels(self, classes):
         """One random label an image, from 0 to classes - 1: (B,)."""
         return torch.tensor([self._stream(j, 1, 0).integers(classes) for j in self.numbers])
 
-    def _normal(self, shape, word):
-        draws = [
+    def _normal(self, shape, word, device):
+        draws = torch.from_numpy(np.stack([
             self._stream(j, 0, word).standard_normal(tuple(shape), np.float32) for j in self.numbers
-        ]
-        return torch.from_numpy(np.stack(draws))
+        ]))
+        if torch.device(device).type != "cuda":
+            return draws.to(device)
+        # From pinned memory the copy waits for its turn on the GPU, and the CPU does not.
+        return draws.pin_memory().to(device, non_blocking=True)
 
     def _stream(self, j, kind, word):
         counter = [0, kind, self.purpose, word]  # the first word counts the numbers drawn
@@ -358,9 +361,16 @@ def guided(network, x, t, condition, scale, cache=None, channels=math.inf):
     return torch.cat([torch.cat([eps, eps]), output[:, channels:]], dim=1)
 
 
+def unguided(network, x, t, condition, cache=None):
+    """The same without guidance, of the conditional half alone: -> (B, C_out, H, W)."""
+    t = torch.full((len(x),), t, device=x.device)
+    return network(x, t, *(part[: len(x)] for part in condition), cache=cache)
+
+
 @torch.no_grad()
 def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first=0):
     """The denoising loop, as a generator: yields x (B, C, H, W) after each step from `first` on.
+    Where `guidance` is None, the network sees the conditional half only.
 
     To start at step `first` with a multistep solver, pass a copy.copy of the sampler taken at that
     step: it carries the solver's history. Raises ValueError for a cache of another number of steps.
@@ -371,8 +381,9 @@ def walk(network, sampler, x, condition, guidance, cache=None, noise=None, first
     for i in range(first, T):
         if cache is not None:
             cache.start(i)
-        prediction = guided(network, x, sampler.timesteps[i], condition, guidance, cache,
-                            sampler.guidance_channels)
+        t = sampler.timesteps[i]
+        prediction = unguided(network, x, t, condition, cache) if guidance is None else guided(
+            network, x, t, condition, guidance, cache, sampler.guidance_channels)
         x = sampler.step(prediction, i, x, noise)
         yield x
 

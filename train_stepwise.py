@@ -183,6 +183,7 @@ def read_flags():
     parser.add_argument("--prompts", type=command.name,
                         help="a file of prompts, one a line, for a text model")
     command.add_captions_flag(parser)
+    command.add_compile_flag(parser)
     return parser.parse_args()
 
 
@@ -202,6 +203,8 @@ def main():
     with distributed.first_process_first():
         model.prepare(prompts or (), device)  # the text encoder is gone before the network comes
     model.to(device)
+    if args.compile:
+        models.compile_branches(model.network)
     settings["raw_captions"] = model.text == "t5" and not model.clean  # also if it never cleans
     for key in ("sampler", "steps", "guidance"):
         settings[key] = getattr(model, key) if settings[key] is None else settings[key]

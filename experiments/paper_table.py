@@ -207,7 +207,7 @@ def draw(model, row, steps, cache, guidance, items, seed, batch_size, decode, pa
     return {
         "cur": cache.cur, "seconds": statistics.median(seconds),
         "faster": statistics.median(faster),
-        "gflop": sample.counted_flops(model, cache) / 1e9,
+        "gflop": sample.counted_flops(model, cache, guidance) / 1e9,
         "cache_mb": cache.peak_bytes / 1e6,
     }
 

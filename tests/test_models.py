@@ -1,6 +1,7 @@
 """Models by name: what is loaded, how it is left, and the download of official weights, here from
 a server on this machine."""
 
+import functools
 import http.server
 import os
 import socket
@@ -19,10 +20,13 @@ import dit
 import hub
 import models
 import pixart
+import router as routers
 import text
 import vae
+from cache import Cache
+from samplers import DDIM, Noise, denoise
 
-from .small import tiny_dit
+from .small import tiny_dit, tiny_model
 
 TINY = dict(hidden_size=32, depth=2, num_heads=2, patch_size=8)  # in place of XL/2's sizes
 
@@ -539,6 +543,22 @@ def test_only_a_gpu_computes_in_tf32():
     assert torch.get_float32_matmul_precision() == before
     models.choose_kernels("cuda:1")
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_compiled_branches_need_one_graph_of_each_kind_whatever_the_schedule(monkeypatch):
+    """The backend `eager` counts the graphs and compiles nothing."""
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, cache = tiny_model(), Cache(routers.random(4, 6, 0.4))
+    x, condition = Noise(0, range(2)).start(model.shape), model.condition([0, 1])
+    plain = denoise(model.network, DDIM(4), x, condition, 1.5, cache)
+    models.compile_branches(model.network)
+    assert torch.equal(denoise(model.network, DDIM(4), x, condition, 1.5, cache), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    denoise(model.network, DDIM(4), x, condition, 1.5, Cache(routers.fora(4, 6, 2)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_loading_a_model_leaves_the_kernels_alone():

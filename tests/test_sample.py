@@ -78,6 +78,18 @@ def test_guidance_1_is_the_conditional_prediction():
         torch.testing.assert_close(half[:, :3], cond[:, :3], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cached", (False, True))
+def test_without_guidance_the_loop_evaluates_one_half_and_gives_the_same(cached):
+    network, rows = tiny_dit(in_channels=4), []
+    network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    x, condition = random(2, 4, 8, 8), network.condition([1, 3])
+    caches = [Cache(router.fora(4, 6, 2)) if cached else None for _ in range(2)]
+    one, both = (samplers.denoise(network, samplers.DDIM(4), x, condition, guidance, cache)
+                 for guidance, cache in zip((None, 1), caches, strict=True))
+    assert rows == [2] * 4 + [4] * 4
+    torch.testing.assert_close(one, both, rtol=1e-4, atol=1e-4)
+
+
 def test_guided_hands_the_cache_to_the_network():
     network = tiny_dit()
     K = len(network.branches)
