@@ -13,7 +13,7 @@ demo: .venv/run
 
 test: .venv/develop
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 notebooks: .venv/develop
 	.venv/bin/python notebooks/run.py

@@ -1,5 +1,10 @@
 """What all tests need: libraries to compare with, and each test in the same state of torch."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

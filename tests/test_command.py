@@ -428,3 +428,42 @@ def test_an_interruption_while_torch_is_imported_is_one_line():
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate()
     assert child.returncode == 130 and errors == "interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_threads_sleep_where_other_work_wants_the_cores():
+    """In a child, because `startup` takes over Ctrl-C. Beside work for every core its threads are
+    passive, unless the user says otherwise."""
+    code = ("import os, startup\n"
+            "print([startup.crowded(f'0.5 0.4 0.3 {n}/99 77', 8) for n in (1, 3, 4)])\n"
+            "print(os.environ.get('OMP_WAIT_POLICY'))")
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    work = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            for _ in range(2 * os.cpu_count())]
+    try:
+        lines = [subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                                env={**clean, **more}, capture_output=True, text=True).stdout
+                 for more in ({}, {"OMP_WAIT_POLICY": "active"})]
+    finally:
+        for process in work:
+            process.kill()
+    assert [line.split("\n")[:2] for line in lines] == [
+        ["[False, False, True]", "passive"], ["[False, False, True]", "active"]]
+
+
+def test_progress_where_there_is_no_terminal_is_lines(capsys, monkeypatch):
+    """One every 30 seconds, by tqdm's clock, and none for work that is shorter."""
+    now = [0.0]
+    monkeypatch.setitem(sys.modules, "startup", object())  # as in a command
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in command.progress(range(100), unit="step"):
+        now[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4 and all("/100" in line and "step" in line for line in lines)
+    for _ in command.progress(range(20), unit="step"):
+        now[0] += 1
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    for _ in command.progress(range(100), unit="step"):
+        now[0] += 1
+    assert capsys.readouterr().err == ""
