@@ -34,7 +34,7 @@ def size():
     return distributed.get_world_size() if started() else 1
 
 
-def start(device):
+def join(device):
     """Call once, before any work: joins the processes that torchrun started, if it did. From then
     on only the process of rank 0 prints. -> this process's device.
     Raises ValueError for more processes than GPUs on this machine, and for Apple's GPUs."""
@@ -51,9 +51,9 @@ def start(device):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
-    print(f"{size()} processes", flush=True)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+    print(f"{size()} processes", flush=True)
     return device
 
 

@@ -465,7 +465,7 @@ def table(values, networks):
 
 def main():
     args = read_arguments()
-    args.device = distributed.start(models.find_device(args.device))
+    args.device = distributed.join(models.find_device(args.device))
     captions = read_captions(args)
     names = args.metrics and [name for name in args.metrics if name != "clip"]
     if args.metrics != ["clip"]:

@@ -364,7 +364,7 @@ def write_all(batches, out, decode, items, settings, model, cache, compare):
 
 def main():
     args = read_flags()
-    device = distributed.start(models.find_device(args.device))
+    device = distributed.join(models.find_device(args.device))
     out = choose_out(args.out, args.latents, args.compare)
     command.check_not_read(out, args.router, args.prompts, args.weights, args.vae)
     if args.sampler and args.steps:

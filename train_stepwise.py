@@ -59,7 +59,7 @@ class Chunk:
     noise: Noise
     sampler: object
     share: float  # b / B
-    count: int
+    count: int = 1
     cache: SoftCache | None = None
 
     def predict(self, network, i, guidance, cache=None):
@@ -191,7 +191,7 @@ def main():
     args = read_flags()
     defaults = training.defaults_of(args.model, args.objective, args.steps)
     settings = training.settings_of(args, defaults)
-    device = distributed.start(models.find_device(args.device))
+    device = distributed.join(models.find_device(args.device))
     if args.sampler and args.steps:
         make_sampler(args.sampler, args.steps)  # complains before a download
     with distributed.first_process_first():

@@ -85,7 +85,7 @@ def three_results(model, condition, steps):
     sampled = denoise(network, DDIM(steps), x, condition, GUIDANCE)
     router = routers.Router(steps, len(network.branches), SEED).to(parameter)
     optimizer = torch.optim.AdamW(router.parameters(), 0.01, weight_decay=0)
-    chunk = train_stepwise.Chunk(x, condition, noise, DDIM(steps), share=1.0, count=1)
+    chunk = train_stepwise.Chunk(x, condition, noise, DDIM(steps), share=1.0)
     # Without beta, whose part of the gradient would be right even if the network's were not.
     train_stepwise.train_trajectory(model, router, optimizer, [chunk], [1.0] * steps, GUIDANCE, TAU,
                                     beta=0.0)

@@ -447,7 +447,7 @@ class OnTheCPU(torch.nn.Module):
 
 class NoiseOnTheCPU(Noise):
     def step(self, i, x):
-        return self._normal(x.shape[1:], word=1 + i)
+        return self._normal(x.shape[1:], 1 + i, "cpu")
 
 
 class CacheOnTheCPU(Cache):

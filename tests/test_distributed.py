@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 import distributed
 import dit
 import sample
+import train_stepwise
+import training
+from tests.small import tiny_model
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -38,11 +41,10 @@ def weights(tmp_path_factory):
     return path
 
 
-def train(weights, out, processes, *more):
-    iterations = 9 if processes == 3 else 6
-    return call("train_stepwise.py", "--weights", weights, "--device", "cpu", "--steps", 3,
-                "--batch-size", 5, "--micro-batch", 2, "--iterations", iterations, "--lambda-every",
-                3, "--beta", 1e-5, "--out", out, *more, processes=processes)
+def flags(weights, out, *more):
+    return ["train_stepwise.py", "--weights", weights, "--device", "cpu", "--steps", 3,
+            "--batch-size", 5, "--micro-batch", 2, "--lambda-every", 3, "--beta", 1e-5, "--out",
+            out, *more]
 
 
 def log_of(out):
@@ -52,33 +54,30 @@ def log_of(out):
 
 def test_the_router_of_several_processes_is_that_of_one_to_the_last_bit(weights, tmp_path):
     """Three chunks, of which the last is smaller. What one process began, two go on with."""
-    runs = {}
-    for processes in (1, 2, 3):
-        out = tmp_path / str(processes)
-        code, stdout, stderr = train(weights, out, processes)
+    one, three = tmp_path / "one", tmp_path / "three"
+    code, stdout, stderr = call(*flags(weights, one, "--iterations", 6))
+    assert code == 0, stderr
+    assert stdout.startswith("digits on") and stdout.count("wrote ") == 1
+    for words, processes in ((flags(weights, one, "--iterations", 9, "--resume"), 2),
+                             (flags(weights, three, "--iterations", 9), 3)):
+        code, stdout, stderr = call(*words, processes=processes)
         assert code == 0, stderr
-        first = stdout.splitlines()[0]
-        assert first == f"{processes} processes" if processes > 1 else first.startswith("digits on")
-        assert stdout.count("wrote ") == 1  # only one of them tells it
-        if processes == 1:
-            assert train(weights, out, 2, "--iterations", "9", "--resume")[0] == 0
-        runs[processes] = log_of(out), (out / "router.safetensors").read_bytes()
-    assert runs[1] == runs[3] and runs[2][0] == runs[3][0][:2]
+        assert stdout.startswith(f"{processes} processes\n")
+        assert stdout.count("wrote ") == stdout.count(" processes") == 1  # one of them tells it
+    assert log_of(one) == log_of(three) and len(log_of(one)) == 3
+    name = "router.safetensors"
+    assert (one / name).read_bytes() == (three / name).read_bytes()
 
 
 def test_the_images_and_metrics_of_two_processes_are_those_of_one(tmp_path):
-    flags = ["sample.py", "--device", "cpu", "--schedule", "fora:2", "--steps", 3,
+    words = ["sample.py", "--device", "cpu", "--schedule", "fora:2", "--steps", 3,
              "--num-samples", 7, "--batch-size", 2, "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
     for out, processes in ((one, 1), (two, 2)):
-        code, _, stderr = call(*flags, out, processes=processes)
+        code, _, stderr = call(*words, out, processes=processes)
         assert code == 0, stderr
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir()) and len(names) == 9
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
-    for j in (0, 3, 4):
-        (two / f"{j:06d}.png").unlink()
-    assert call(*flags, two, processes=2)[0] == 0
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
     values = []
@@ -92,17 +91,11 @@ def test_the_images_and_metrics_of_two_processes_are_those_of_one(tmp_path):
         assert values[1][key] == pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("words, message", (
-    (["train_stepwise.py", "--iterations", 2, "--steps", 2, "--out", "FOLDER"],
-     "2 processes for 1 chunks of a batch: use a smaller --micro-batch"),
-    (["search.py", "--speedup", 2, "--out", "FOLDER"], "start it by python, not torchrun"),
-))
-def test_what_cannot_be_shared_is_one_line(tmp_path, words, message):
-    words = [str(word).replace("FOLDER", str(tmp_path / "out")) for word in words]
-    code, _, stderr = call(*words, processes=2)
+def test_what_cannot_be_shared_is_one_line(tmp_path):
+    code, _, stderr = call("search.py", "--speedup", 2, "--out", tmp_path / "out", processes=2)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(errors) == 1 and message in errors[0]
-    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
+    assert code != 0 and len(errors) == 1 and "start it by python, not torchrun" in errors[0]
+    assert not list(tmp_path.iterdir())
 
 
 DIES = """
@@ -123,20 +116,18 @@ def test_nobody_waits_for_a_process_that_died_and_the_run_goes_on_later(weights,
     """Rank 1 ends without a word after the first of two trajectories."""
     out, script = tmp_path / "out", tmp_path / "dies.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + DIES)
-    flags = ["--weights", weights, "--device", "cpu", "--steps", 3, "--batch-size", 4,
-             "--micro-batch", 2, "--iterations", 6, "--lambda-every", 3, "--beta", 1e-5, "--out"]
-    code, _, stderr = call(script, *flags, out, processes=2)
+    code, _, _ = call(script, *flags(weights, out, "--iterations", 6)[1:], processes=2)
     assert code != 0 and not (out / "router.safetensors").exists()
-    code, _, stderr = call("train_stepwise.py", *flags, out, "--resume", processes=2)
+    code, _, stderr = call(*flags(weights, out, "--iterations", 6, "--resume"))
     assert code == 0, stderr
-    assert call("train_stepwise.py", *flags, tmp_path / "whole")[0] == 0
+    assert call(*flags(weights, tmp_path / "whole", "--iterations", 6))[0] == 0
     assert log_of(out) == log_of(tmp_path / "whole")
 
 
 def test_one_process_needs_nothing_of_it():
     part = torch.arange(6.0).reshape(3, 2)
     assert distributed.together(part, 3) is part
-    assert distributed.mine(4) == range(4) and distributed.start("cpu") == "cpu"
+    assert distributed.mine(4) == range(4) and distributed.join("cpu") == "cpu"
     assert (distributed.rank(), distributed.size()) == (0, 1)
     with pytest.raises(ValueError, match="1 processes for 0 images"):
         distributed.check_enough(0, "images")
@@ -154,6 +145,10 @@ def test_several_processes_fill_a_folder_and_each_a_part_of_it(tmp_path, monkeyp
                                       "--out", str(tmp_path / "a")])
     with pytest.raises(ValueError, match="2 processes for 1 batches of images: use a smaller"):
         sample.main()
+    with pytest.raises(ValueError, match="2 processes for 1 chunks of a batch: use a smaller"):
+        train_stepwise.train(tiny_model(), {**training.PUBLISHED, "sampler": "ddim", "steps": 4,
+                                            "guidance": 1.5, "tau": 0.1, "objective": "iepo",
+                                            "forecast": 0, "batch_size": 8}, tmp_path / "run")
 
 
 def test_shares_are_dealt_out_and_put_together_in_order(monkeypatch):

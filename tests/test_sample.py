@@ -529,11 +529,11 @@ def test_the_report_divides_the_seconds_by_the_images(capsys):
         samplers.guided(network, x, 9, condition, 1, cache.start(i))
     totals = sample.Totals(images=4, seconds=2.0, full_seconds=3.0, squared_error=0.02)
     model = models.Model("tiny", network, "ddim", steps=2, guidance=1)
-    sample.report(model, 2, cache, totals)
+    sample.report(model, 2, 1.5, cache, totals)
     out = capsys.readouterr().out
     assert numbers(r"seconds per image +(\S+) +(\S+) +(\S+) x", out) == [0.75, 0.5, 1.5]
     assert numbers(r"uncached image: (\S+)", out) == [0.005]
-    sample.report(model, 2, None, totals)
+    sample.report(model, 2, 1.5, None, totals)
     assert numbers(r"seconds per image (\S+),", capsys.readouterr().out) == [0.5]
 
 
