@@ -32,7 +32,7 @@ from samplers import sampler_name
 # ------------------------------------------------------------------------------------------------
 # Settings: a plain dict, saved with the run, in which every key stands
 
-VERSION = 1  # of what a state holds and of what it leads to: a state of another one is refused
+VERSION = 2  # of what a state holds and of what it leads to: a state of another one is refused
 OF_THE_MACHINE = ("out", "resume", "device", "vae")  # flags that do not change the router
 # None or False in some trainings; then a router file does not mention them
 OPTIONAL = ("prompts", "images", "start", "target_cur", "lambda_every", "raw_captions", "forecast",

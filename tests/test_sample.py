@@ -696,6 +696,8 @@ def test_a_folder_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     assert "x holds all 5 images" in run("--schedule", "fora:2", "--out", "x", "--num-samples", 5)
     run("--schedule", "fora:2", "--out", "x", "--num-samples", 6)
     assert (tmp_path / "x" / "000001.png").stat().st_mtime_ns == before
+    (tmp_path / "x" / "000002.png").unlink()
+    run("--schedule", "fora:2", "--out", "x", "--num-samples", 6)
     assert_same_pictures(images_in(tmp_path / "x"), images_in(tmp_path / "whole"))
     assert len((tmp_path / "x" / "items.txt").read_text().splitlines()) == 6
 
