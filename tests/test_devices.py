@@ -300,6 +300,38 @@ def test_training(kind, dtype, order, micro_batch):
     assert beta == pytest.approx(expected[2], rel=0.1)
 
 
+class Waits(GPU):
+    """Counts how often the CPU reads from the device, and so waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reads = function.overloadpacket is aten._local_scalar_dense or (
+            function.overloadpacket is aten._to_copy and str((kwargs or {}).get("device")) == "cpu")
+        self.count += reads and is_away(args[0])
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def test_how_often_a_gpu_is_waited_for():
+    """Training: for each chunk and step its cache's thresholds, and for each step but the first the
+    loss. Sampling: never."""
+    model, name = tiny(), "ddim"
+    router = routers.Router(T, len(model.network.branches))
+    with Waits() as training_waits:
+        model.to(DEVICE)
+        router.to(DEVICE)
+        optimizer = torch.optim.AdamW(router.parameters(), 0.1, weight_decay=0)
+        chunks = chunks_of(model, name, 1, micro_batch=2)
+        train_stepwise.train_trajectory(model, router, optimizer, chunks, [1.0] * T, GUIDANCE, TAU,
+                                        1e-3)
+    assert len(chunks) == 2 and training_waits.count == 2 * T + T - 1
+    x, condition = Noise(0, [0]).start(model.shape), model.network.condition([1])
+    with Waits() as sampling_waits:
+        samplers.denoise(model.network, make_sampler(name, T), x.to(DEVICE), condition, GUIDANCE,
+                         Cache(alternating(model)))
+    assert sampling_waits.count == 0
+
+
 def test_the_search():
     def searched(device):
         model, noise = tiny().to(device), Noise(0, range(2))
