@@ -231,6 +231,8 @@ def run(main, several=False):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
             raise ValueError("this command's work is not shared: start it by python, not torchrun")
         main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or it complains
     except (ValueError, OSError) as error:
         end(one_line(error))
     except NotImplementedError as error:
@@ -244,7 +246,7 @@ def run(main, several=False):
             end("out of memory: try a smaller --batch-size or --micro-batch, fewer pixels, or "
                 f"--dtype bfloat16 ({one_line(error)[:200]})")
         if is_lost_connection(error):
-            end("another of the processes has ended: see above why")
+            end(f"another process has ended, or cannot be reached ({one_line(error)[:200]})")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             end(f"torch.compile fails here: leave --compile out ({one_line(error)[:200]})")
         raise
@@ -332,8 +334,7 @@ def add_captions_flag(parser):
 
 
 def add_compile_flag(parser):
-    # None, not False, is what runs from before this flag hold.
-    parser.add_argument("--compile", action="store_true", default=None,
+    parser.add_argument("--compile", action="store_true",
                         help="torch.compile the branches: minutes at first, then faster on a GPU")
 
 

@@ -5,8 +5,8 @@ starts them; without it there is one, and everything here is as good as not ther
 
 The items of a task (chunks of a batch, batches of images) are dealt out like cards: the process
 of rank r takes the items r, r + size, r + 2 size, ... What came of them is put together in the
-order of the items, the same on every process. So every item is worked on, and every sum is taken,
-as one process alone would do it, and the results are equal to the last bit.
+order of the items, the same on every process. So every item is worked on as one process alone
+would do it, and routers and images are equal to the last bit. (Metrics differ by rounding.)
 """
 
 import contextlib
@@ -17,7 +17,9 @@ import sys
 import torch
 from torch import distributed
 
-PATIENCE = datetime.timedelta(hours=1)  # for a process that downloads what the others wait for
+# For a process that the others wait for, as it downloads or encodes. One that dies is noticed at
+# once, by its connection.
+PATIENCE = datetime.timedelta(days=7)
 
 
 def started():
@@ -37,23 +39,29 @@ def size():
 def join(device):
     """Call once, before any work: joins the processes that torchrun started, if it did. From then
     on only the process of rank 0 prints. -> this process's device.
-    Raises ValueError for more processes than GPUs on this machine, and for Apple's GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    Raises ValueError for processes on several machines, which may not see the same files, for more
+    than there are GPUs, and for other devices than cuda and cpu."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return device
-    local, kind = int(os.environ["LOCAL_RANK"]), device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"several processes need cuda or cpu, not {device}: use --device cpu")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine need as "
-                             f"many GPUs, and it has {torch.cuda.device_count()}")
-        device = f"cuda:{local}"
+    if os.environ.get("LOCAL_WORLD_SIZE") != count:
+        raise ValueError(f"{count} processes, not all started by torchrun on this machine: use "
+                         "torchrun --nproc_per_node, on one machine")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"several processes need --device cuda, of which each takes one, or cpu, "
+                         f"not {device}")
+    if device == "cuda":
+        if int(count) > torch.cuda.device_count():
+            raise ValueError(f"{count} processes need as many GPUs, and this machine has "
+                             f"{torch.cuda.device_count()}")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+                                   timeout=PATIENCE)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
-    print(f"{size()} processes", flush=True)
+    else:
+        print(f"{size()} processes", file=sys.stderr)
     return device
 
 
@@ -90,11 +98,10 @@ def wait():
 
 @contextlib.contextmanager
 def first_process_first():
-    """`with first_process_first():` the first process of each machine goes through the block, then
-    all others, who find the files that it left. If it fails, torchrun ends the others."""
-    leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not leads:
+    """`with first_process_first():` the first process goes through the block, then all others, who
+    find the files that it left. If it fails, torchrun ends the others."""
+    if rank() > 0:
         wait()
     yield
-    if leads:
+    if rank() == 0:
         wait()

@@ -292,13 +292,14 @@ def choose_kernels(device):
         torch.set_float32_matmul_precision("high")
 
 
-def compile_branches(network):
+def compile_branches(network, backend="inductor"):
     """Has torch.compile make a graph of every kind of branch (attention, MLP), at its first use. A
-    graph of the whole network would be another one for each row of a schedule."""
-    for block in network.blocks:
-        for name in ("attn", "cross_attn", "mlp"):
-            if hasattr(block, name):
-                getattr(block, name).compile()
+    graph of the whole network would be another one for each row of a schedule. -> the modules."""
+    modules = [getattr(block, name) for block in network.blocks
+               for name in ("attn", "cross_attn", "mlp") if hasattr(block, name)]
+    for module in modules:
+        module.compile(backend=backend)
+    return modules
 
 
 def load_autoencoder(model, weights=None):

@@ -114,8 +114,9 @@ def read_prompts(prompt, path):
 def choose_out(out, latents, compare):
     """The path to write to (None: the usual one), tried out now rather than after the work. Raises
     ValueError or OSError if it cannot take what the command makes."""
-    if distributed.size() > 1 and (out is None or out.suffix):
-        raise ValueError("several processes fill a folder: use --out with a name without a dot")
+    if distributed.size() > 1 and (out is None or out.suffix or latents or compare):
+        raise ValueError("several processes fill a folder with pictures: use --out with a name "
+                         "without a dot, without --latents and --compare")
     out = out or Path("latents.npz" if latents else "samples.png")
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out is a .png, a .npz or a folder (a name without a dot), not {out}")
@@ -255,6 +256,8 @@ def counted_flops(model, cache, guidance=None):
 
 def report(model, steps, guidance, cache, totals):
     """Prints what sampling took this process, without the autoencoder."""
+    if distributed.size() > 1:
+        print(f"of one of {distributed.size()} processes:")
     seconds = totals.seconds / totals.images
     gflop = model.flops(steps, guidance=guidance) / 1e9
     if cache is None:
@@ -338,6 +341,7 @@ def write_all(batches, out, decode, items, settings, model, cache, compare):
             append = stack.enter_context(pictures.npz_writer(out, len(items)))
         elif not out.suffix and distributed.rank() == 0:
             stack.enter_context(command.locked(out))
+        distributed.wait()  # nobody writes before the folder is this run's
         for n, batch in enumerate(batches):
             if cache is None or batch.full is not None:
                 totals.add(batch)

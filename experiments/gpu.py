@@ -175,20 +175,15 @@ def measure_iteration(model, images, repeats):
 @contextlib.contextmanager
 def compiled_branches(network, backend):
     """`with compiled_branches(network, backend) as count:` every branch is compiled meanwhile, and
-    count() says how many graphs that took. Compiled as a whole, the network would need a graph for
-    each row of a schedule."""
-    places = [(block, name) for block in network.blocks for name in ("attn", "cross_attn", "mlp")
-              if hasattr(block, name)]
-    plain = [getattr(*place) for place in places]
+    count() says how many graphs that took."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for place, branch in zip(places, plain, strict=True):
-        setattr(*place, torch.compile(branch, backend=backend, dynamic=False))
+    modules = models.compile_branches(network, backend)
     try:
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     finally:
-        for place, branch in zip(places, plain, strict=True):
-            setattr(*place, branch)
+        for module in modules:
+            module._compiled_call_impl = None  # what `compile` set: there is no call that undoes it
 
 
 def measure_sampling(name, model, images, steps, repeats):
@@ -296,13 +291,15 @@ def main():
                         help="dit256 (default with CUDA) or digits (default without)")
     parser.add_argument("--device", type=command.name, help="cpu or cuda (default: cuda if any)")
     parser.add_argument("--minutes", type=command.finite, default=8.0,
-                        help="no part begins that would end later (8)")
+                        help="no part begins later, or that is known to end later (8)")
     parser.add_argument("--out", type=command.path, default=Path("runs/gpu.json"),
                         help="the table as JSON (runs/gpu.json)")
     args = parser.parse_args()
     if args.minutes <= 0:
         raise ValueError(f"--minutes must be more than 0, not {args.minutes:g}")
-    device = models.find_device(args.device)
+    device = models.find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device == "mps":
+        raise ValueError("this is for CUDA, or for a CPU: use --device cpu")
     command.check_writable(args.out)
     name = args.model or ("digits" if device == "cpu" else "dit256")
     machine = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"

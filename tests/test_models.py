@@ -1,7 +1,6 @@
 """Models by name: what is loaded, how it is left, and the download of official weights, here from
 a server on this machine."""
 
-import functools
 import http.server
 import os
 import socket
@@ -545,16 +544,14 @@ def test_only_a_gpu_computes_in_tf32():
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_compiled_branches_need_one_graph_of_each_kind_whatever_the_schedule(monkeypatch):
+def test_compiled_branches_need_one_graph_of_each_kind_whatever_the_schedule():
     """The backend `eager` counts the graphs and compiles nothing."""
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, cache = tiny_model(), Cache(routers.random(4, 6, 0.4))
     x, condition = Noise(0, range(2)).start(model.shape), model.condition([0, 1])
     plain = denoise(model.network, DDIM(4), x, condition, 1.5, cache)
-    models.compile_branches(model.network)
+    models.compile_branches(model.network, "eager")
     assert torch.equal(denoise(model.network, DDIM(4), x, condition, 1.5, cache), plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     denoise(model.network, DDIM(4), x, condition, 1.5, Cache(routers.fora(4, 6, 2)))
