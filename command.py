@@ -228,7 +228,7 @@ def run(main, several=False):
         if hasattr(stream, "reconfigure"):  # a path that the console cannot print is no failure
             stream.reconfigure(errors="backslashreplace")
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not several:
+        if processes() > 1 and not several:
             raise ValueError("this command's work is not shared: start it by python, not torchrun")
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -251,13 +251,20 @@ def run(main, several=False):
             end(f"torch.compile fails here: leave --compile out ({one_line(error)[:200]})")
         raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def processes():
+    """How many processes torchrun started; 1 without it. (distributed.size() counts those that have
+    joined.)"""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
     """The number that torchrun gave this process; 0 without it."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
 def end(message):
@@ -285,7 +292,7 @@ def is_lack_of_memory(error):
 def is_lost_connection(error):
     """Whether torch.distributed cannot reach another process."""
     words = str(error).lower()
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("gloo" in words or "nccl" in words)
+    return processes() > 1 and ("gloo" in words or "nccl" in words)
 
 
 class Lines:
@@ -335,7 +342,7 @@ def add_captions_flag(parser):
 
 def add_compile_flag(parser):
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the branches: minutes at first, then faster on a GPU")
+                        help="torch.compile the branches: slow at first, meant for long work")
 
 
 def add_model_flags(parser):

@@ -17,6 +17,8 @@ import sys
 import torch
 from torch import distributed
 
+import command
+
 # For a process that the others wait for, as it downloads or encodes. One that dies is noticed at
 # once, by its connection.
 PATIENCE = datetime.timedelta(days=7)
@@ -41,17 +43,17 @@ def join(device):
     on only the process of rank 0 prints. -> this process's device.
     Raises ValueError for processes on several machines, which may not see the same files, for more
     than there are GPUs, and for other devices than cuda and cpu."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1":
+    count = command.processes()
+    if count == 1:
         return device
-    if os.environ.get("LOCAL_WORLD_SIZE") != count:
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(count):
         raise ValueError(f"{count} processes, not all started by torchrun on this machine: use "
                          "torchrun --nproc_per_node, on one machine")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"several processes need --device cuda, of which each takes one, or cpu, "
                          f"not {device}")
     if device == "cuda":
-        if int(count) > torch.cuda.device_count():
+        if count > torch.cuda.device_count():
             raise ValueError(f"{count} processes need as many GPUs, and this machine has "
                              f"{torch.cuda.device_count()}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -130,9 +130,9 @@ def extract(source, network, batch_size=64, title="features"):
         spatial_moments.add(spatial)
         kept.append((pooled, logits))
     pooled, logits = zip(*kept, strict=True)
-    pooled, logits = (None if kept[0] is None else
-                      distributed.together(torch.cat(kept), total, batch_size)
-                      for kept in (pooled, logits))
+    pooled, logits = (None if parts[0] is None else
+                      distributed.together(torch.cat(parts), total, batch_size)
+                      for parts in (pooled, logits))
     moments, spatial_moments = moments.of_all_processes(), spatial_moments.of_all_processes()
     return Statistics(network.name, total, moments.mean, moments.covariance,
                       spatial_moments.mean, spatial_moments.covariance, pooled, logits)

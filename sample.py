@@ -397,7 +397,6 @@ def main():
         settings["forecast"] = order
     if args.compile:
         settings["compile"] = True
-        models.compile_branches(model.network)
     if model.text == "t5":
         settings["clean_captions"] = model.clean
     needed = None if out.suffix else missing(out, settings, items)
@@ -407,6 +406,8 @@ def main():
     with distributed.first_process_first():
         model.prepare(items, device)  # the text encoder is gone again before the network comes
     model.to(device)
+    if args.compile:
+        models.compile_branches(model.network)
     with distributed.first_process_first():
         decode = make_decoder(model, args.vae, args.latents)
     print(f"{model.name}, {name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "

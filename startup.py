@@ -12,9 +12,10 @@ def crowded(load, cores):
     return running - 1 > cores // 4
 
 
-# torch's threads wait for each other by spinning, each on a core of its own. Where other work wants
-# these cores, that took up to ten times as long; passive threads sleep while they wait. Where there
-# is none, sleeping takes up to a seventh more. torch reads this once, when it is imported.
+# torch's threads wait for each other by spinning, each on a core of its own. Passive threads sleep
+# while they wait. Where other work wants the cores, sampling took four times as long with spinning;
+# where there is none, training took a ninth more with sleeping (docs/PERFORMANCE.md). torch reads
+# this once, when it is imported.
 if sys.platform == "linux":
     with open("/proc/loadavg") as file:
         if crowded(file.read(), os.cpu_count()):

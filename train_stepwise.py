@@ -1,7 +1,7 @@
 """Step-wise denoising training (SDT) of the router: along whole trajectories, student against
 teacher, with no images (HarmoniCa, https://arxiv.org/abs/2410.01723, sections 3.2 and 3.3).
 
-    python train_stepwise.py                               # digits, 2 to 5 minutes on 2 CPU cores
+    python train_stepwise.py                               # digits, 2 to 6 minutes on 2 CPU cores
     python train_stepwise.py --model dit256 --beta 4e-8    # DiT-XL/2, T = 20, a 24 GB GPU
     python train_stepwise.py --model pixart256 --sampler sa-solver --steps 25
     torchrun --nproc_per_node 4 train_stepwise.py --model dit256 --beta 4e-8 --proxy cumulative
@@ -91,7 +91,8 @@ def chunks_of(model, sampler, seed, numbers, micro_batch, purpose, prompts=None)
 def train_trajectory(model, router, optimizer, chunks, lambda_, guidance, tau, beta, order=0):
     """One trajectory of the paper's algorithm 1: T iterations, T - 1 updates, one a row.
 
-    `lambda_` (T,) weights each step's error; with ones the objective is LTC's.
+    `lambda_` (T,) weights each step's error; with ones the objective is LTC's. `chunks` are those
+    of this process; gradients and errors are summed over all, in their order.
     -> the loss and the plain mean squared error at each step, lists of T (row 0: zeros).
     Raises ValueError, before the update, if a loss is not finite.
     """

@@ -212,7 +212,8 @@ class Run:
     """A training in the folder `out`, new or resumed: iterate over it. Each trajectory has `length`
     iterations (T, if not named). With a target CUR that is not reached, it goes on to twice
     the iterations at most. `data` is what the training draws from beside noise, a list of strings
-    (prompts, or names of files): if it or the weights have changed, a run is not resumed.
+    (prompts, or names of files): if it or the weights have changed, a run is not resumed. Of
+    several processes all read the folder, and the first one writes.
 
     Attributes: `optimizer`; `lambda_`, a list of T, ones until `measured` sets it.
     Raises ValueError if the folder holds a run that this one does not resume.

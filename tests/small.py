@@ -1,6 +1,7 @@
-"""A tiny network that the tests share."""
+"""Tiny networks, and weights, that the tests share."""
 
 import torch
+from safetensors.torch import save_file
 
 import dit
 import models
@@ -19,6 +20,17 @@ def tiny_dit(seed=0, **changes):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
     return network.eval().requires_grad_(False)
+
+
+def digits_weights(folder):
+    """A file in `folder` with random weights of the digits network: its path."""
+    network = dit.DiT(**dit.SIZES["digits"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.08, generator=generator)
+    path = folder / "digits.safetensors"
+    save_file(network.state_dict(), path)
+    return path
 
 
 def tiny_model(seed=0):

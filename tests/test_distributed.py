@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import distributed
-import dit
 import sample
 import train_stepwise
 import training
-from tests.small import tiny_model
+from tests.small import digits_weights, tiny_model
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -32,13 +30,7 @@ def call(*words, processes=1):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    network = dit.DiT(**dit.SIZES["digits"])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.08, generator=generator)
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_file(network.state_dict(), path)
-    return path
+    return digits_weights(tmp_path_factory.mktemp("weights"))
 
 
 def flags(weights, out, *more):

@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import command
-import dit
 import router as routers
 import train_stepwise
 from samplers import DDIM, Noise, make_sampler
-from tests.small import tiny_dit, tiny_model
+from tests.small import digits_weights, tiny_dit, tiny_model
 from tests.test_training import (
     assert_same_run,
     contents,
@@ -240,13 +239,7 @@ def test_evaluations_are_counted(T):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    network = dit.DiT(**dit.SIZES["digits"])
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.08, generator=generator)
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_file(network.state_dict(), path)
-    return path
+    return digits_weights(tmp_path_factory.mktemp("weights"))
 
 
 def flags(weights, out, *more):
