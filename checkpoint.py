@@ -157,7 +157,7 @@ def fitted(state, network, path):
     weight: a whole number, NaN, a tensor without data; and for weights of another resolution.
     """
     expected = network.state_dict()
-    diffusers = "pos_embed.proj.weight" in state
+    diffusers = "pos_embed.proj.weight" in state and type(network).__name__ in DIFFUSERS
     if diffusers:
         expected = to_diffusers(expected, network)
     check_resolution(state, network, path)
@@ -201,13 +201,14 @@ def check_resolution(state, network, path):
     side = getattr(network, "input_size", None)
     if side is None:
         return
-    tokens = (side // network.patch_size) ** 2
+    tokens = (side // network.patch_size) ** 2 + getattr(network, "extras", 0)
     for key in ("pos_embed", "pos_embed.pos_embed"):
         shape = tuple(getattr(state.get(key), "shape", ()))
         if len(shape) == 3 and shape[1] != tokens:
             raise ValueError(f"{path} is for pictures of {shape[1]} tokens, this network for "
                              f"{tokens}: it was trained at another resolution")
-    if "pos_embed.proj.weight" in state or Path(path).name.startswith(layout.STEM):
+    known = type(network).__name__ in DIFFUSERS
+    if known and ("pos_embed.proj.weight" in state or Path(path).name.startswith(layout.STEM)):
         layout.check_config(path, network)
 
 
@@ -300,6 +301,8 @@ def from_diffusers(state, network):
 # The two differ in one rule. Learning-to-Cache trains the even rows only: its odd rows stay as they
 # were drawn, and steps of odd index always compute. HarmoniCa trains all rows but the last, which
 # it sets to 5.
+#
+# Learning-to-Cache's routers for U-ViT are rows alone, and otherwise numbered: see `uvit_rows`.
 
 HIGHEST = 5.0  # what HarmoniCa sets the last row's logits to
 ALWAYS = 100.0  # a logit whose score is 1 in float32, above every tau
@@ -320,6 +323,8 @@ def read_official_router(path):
             "tensors and an argparse.Namespace, which are not loaded, as they could run any code"
         ) from error
     try:
+        if "0.prob" in content:
+            return uvit_rows(content), ABOUT_UVIT
         rows, args = content["routers"], content.get("args")
         logits = torch.stack([rows[f"{i}.prob"] for i in reversed(range(len(rows)))])
         if not logits.is_floating_point():
@@ -338,6 +343,22 @@ def read_official_router(path):
             f"{path} is not a router file of HarmoniCa or Learning-to-Cache: it has no `routers` "
             "with rows 0.prob, 1.prob, ... of equal length"
         ) from error
+
+
+# Published with tau 0.9, and trained without guidance (on real images).
+ABOUT_UVIT = {"model": UNNAMED, "sampler": "dpm-solver-2s", "guidance": "1.0", "tau": "0.9",
+              "objective": "learning-to-cache"}
+
+
+def uvit_rows(rows):
+    """Learning-to-Cache's T rows for U-ViT -> logits (T, K) in executed order. Row s, counted from
+    the noisiest, is that of step s of order 2, so of evaluation 2 s, which may reuse what the
+    evaluation in the middle of the step before has computed. All else computes: step 0, and every
+    middle. The rows from T / 2 on belong to no step, and stay as they were drawn."""
+    rows = torch.stack([rows[f"{i}.prob"] for i in range(len(rows))]).float()
+    logits = torch.full_like(rows, ALWAYS)
+    logits[2::2] = rows[1 : len(rows) // 2]
+    return logits
 
 
 def about_official(args, learning_to_cache):

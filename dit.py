@@ -123,10 +123,10 @@ def modulate(x, shift, scale):
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, hidden_size, num_heads):
+    def __init__(self, hidden_size, num_heads, qkv_bias=True):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x):
@@ -138,15 +138,17 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with a tanh GELU between: (B, N, in) -> (B, N, hidden) -> (B, N, out)."""
+    """Two layers with a GELU between, by its tanh approximation or ("none") exactly:
+    (B, N, in) -> (B, N, hidden) -> (B, N, out)."""
 
-    def __init__(self, in_features, hidden_features, out_features):
+    def __init__(self, in_features, hidden_features, out_features, approximate="tanh"):
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 def compute(k, branch):

@@ -17,10 +17,13 @@ from torch import nn
 
 import command
 import dit
+import dpm_solver
 import layout
 import pixart
+import samplers
 import shipped
 import text
+import uvit
 import vae
 from hub import download as hugging_face
 
@@ -210,6 +213,20 @@ def official_pixart(weights, name):
                  autoencoder=vae_name, scale=0.18215 if alpha else 0.13025, clean=alpha)
 
 
+def official_uvit(weights, size):
+    """The official U-ViT-H on the latents of `size` x `size` ImageNet pictures. Its code writes
+    guidance as cond + s (cond - null): the published s of 0.4 (0.7 at 512) is 1.4 (1.7) here."""
+    name = f"uvit{size}"
+    network = bare_network(name)
+    if weights is None:
+        raise FileNotFoundError(f"{name} has no address for a program: fetch imagenet{size}_uvit_"
+                                "huge.pth by hand, from the link in the README of "
+                                "https://github.com/baofff/U-ViT, and name it by --weights")
+    network.load_state_dict(uvit.read_weights(weights, network), assign=True)
+    return Model(name, network, "dpm-solver-2s", steps=20, guidance=1.4 if size == 256 else 1.7,
+                 autoencoder="stabilityai/sd-vae-ft-ema", scale=0.18215)
+
+
 PIXART = {  # name: (pixart.SIZES, the file of the weights)
     "pixart256": ("alpha256", "PixArt-XL-2-256x256.pth"),
     "pixart512": ("alpha512", "PixArt-XL-2-512x512.pth"),
@@ -219,12 +236,15 @@ PIXART = {  # name: (pixart.SIZES, the file of the weights)
     "sigma1024": ("sigma1024", "PixArt-Sigma-XL-2-1024-MS.pth"),
     "sigma2048": ("sigma2048", "PixArt-Sigma-XL-2-2K-MS.pth"),
 }
+UVIT = {"uvit256": "H/2", "uvit512": "H/4"}  # name: uvit.SIZES
 MODELS = {  # name: weights -> Model
     "digits": digits,
     "emoji": emoji,
     "dit256": partial(official_dit, size=256),
     "dit512": partial(official_dit, size=512),
     **{name: partial(official_pixart, name=name) for name in PIXART},
+    "uvit256": partial(official_uvit, size=256),
+    "uvit512": partial(official_uvit, size=512),
 }
 
 NETWORKS = {  # name: (class, its arguments)
@@ -233,6 +253,7 @@ NETWORKS = {  # name: (class, its arguments)
     "dit256": (dit.DiT, dit.SIZES["XL/2"] | {"input_size": 32}),
     "dit512": (dit.DiT, dit.SIZES["XL/2"] | {"input_size": 64}),
     **{name: (pixart.PixArt, pixart.SIZES[size]) for name, (size, _) in PIXART.items()},
+    **{name: (uvit.UViT, uvit.SIZES[size]) for name, size in UVIT.items()},
 }
 
 
@@ -243,6 +264,19 @@ def bare_network(name):
     make, sizes = NETWORKS[name]
     with torch.device("meta"):
         return make(**sizes)
+
+
+def make_sampler(name, sampler, steps):
+    """A sampler by its name, of `steps` steps, for the model `name`. Raises ValueError for one of
+    another noise schedule than the model's: its images would be wrong, without a word."""
+    ours = dpm_solver.SAMPLERS
+    if name in UVIT and sampler in ours:
+        return ours[sampler](steps)
+    if name in UVIT or sampler in ours:
+        raise ValueError(f"{name} cannot be sampled with {sampler}: {' and '.join(ours)} are for "
+                         f"the noise schedule of {', '.join(UVIT)}, all others for that of the "
+                         "other models")
+    return samplers.make_sampler(sampler, steps)
 
 
 def check_name(name):

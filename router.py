@@ -198,11 +198,11 @@ def save(path, logits, **about):
 
 
 def load(path):
-    """Reads a router file: safetensors, or `.pt` as the official code saves it.
+    """Reads a router file: safetensors, or `.pt` or `.pth` as official codes save it.
     Raises FileNotFoundError, or ValueError if it is not a whole one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no router file at {path}")
-    if Path(path).suffix == ".pt":
+    if Path(path).suffix in (".pt", ".pth"):
         logits, about = checkpoint.read_official_router(path)
     else:
         try:

@@ -33,7 +33,7 @@ import pictures
 import router
 import shipped
 from cache import Cache
-from samplers import Noise, denoise, make_sampler, sampler_name, walk
+from samplers import Noise, denoise, sampler_name, walk
 
 # ------------------------------------------------------------------------------------------------
 # What to make
@@ -372,7 +372,7 @@ def main():
     out = choose_out(args.out, args.latents, args.compare)
     command.check_not_read(out, args.router, args.prompts, args.weights, args.vae)
     if args.sampler and args.steps:
-        make_sampler(args.sampler, args.steps)  # complains before a download
+        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
     with distributed.first_process_first():  # on the CPU: the text encoder needs the device first
         model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     model.resize(args.height, args.width)
@@ -380,7 +380,7 @@ def main():
     name = sampler_name(args.sampler or model.sampler)
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
-    sampler = make_sampler(name, steps)
+    sampler = models.make_sampler(model.name, name, steps)
     schedule, order, source = choose_schedule(model, name, steps, guidance, args.router,
                                               args.schedule, args.tau, args.seed, args.forecast)
     items = choose_items(model, args.labels, read_prompts(args.prompt, args.prompts),

@@ -68,10 +68,10 @@ def time_uniform(steps):
     return np.linspace(len(BETAS) - 1, 0, steps + 1)
 
 
-def noise_levels(grid):
+def noise_levels(grid, alpha_bar=ALPHA_BAR, first=0):
     """alpha, sigma and lambda at timesteps that may be fractional: log alpha is interpolated
-    between the whole ones."""
-    log_alpha = np.interp(grid, np.arange(len(BETAS)), 0.5 * np.log(ALPHA_BAR))
+    between the whole ones, of which `first` is the cleanest."""
+    log_alpha = np.interp(grid, first + np.arange(len(alpha_bar)), 0.5 * np.log(alpha_bar))
     sigma = np.sqrt(-np.expm1(2 * log_alpha))  # sqrt(1 - alpha^2), exact also for alpha near 1
     return np.exp(log_alpha), sigma, log_alpha - np.log(sigma)
 

@@ -38,7 +38,7 @@ from budget import by_branches, by_steps, even, extended, make_budget
 from cache import Cache
 from costs import Batch, Uncached, choose_items
 from proxy import squared_error
-from samplers import Noise, make_sampler, sampler_name, walk
+from samplers import Noise, sampler_name, walk
 
 SEARCH, HELD_OUT = 3, 4  # the purposes of their noise
 ORDERS = (0, 1, 2)  # of the forecast
@@ -362,11 +362,11 @@ def main():
     args = read_flags()
     device = models.find_device(args.device)
     if args.sampler and args.steps:
-        make_sampler(args.sampler, args.steps)  # complains before a download
+        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     models.choose_kernels(device)
     settings = settings_of(args, model, device)
-    sampler = make_sampler(settings["sampler"], settings["steps"])
+    sampler = models.make_sampler(model.name, settings["sampler"], settings["steps"])
     if settings["steps"] > MOST_STEPS:
         raise ValueError(f"a search is for {MOST_STEPS} --steps at most, not {settings['steps']}")
     budget = make_budget(model, settings["steps"], args.speedup, args.cur)

@@ -41,7 +41,7 @@ import proxy
 import shipped
 import training
 from cache import SoftCache
-from samplers import Noise, guided, make_sampler
+from samplers import Noise, guided
 
 TRAINING, PROXY = 1, 2  # the purposes of Noise
 
@@ -146,7 +146,7 @@ def measure_weights(model, router, chunks, guidance, tau, variant, objective="ie
 def train(model, settings, out, resume=False, prompts=None):
     """SDT, new or resumed, in the folder `out`. `prompts` is a list for a text model.
     -> a dict of results."""
-    sampler = make_sampler(settings["sampler"], settings["steps"])
+    sampler = models.make_sampler(model.name, settings["sampler"], settings["steps"])
     guidance, tau, B = settings["guidance"], settings["tau"], settings["batch_size"]
     objective, order = settings["objective"], settings["forecast"]
     every = math.ceil(settings["lambda_every"] / settings["steps"])  # in trajectories
@@ -194,7 +194,7 @@ def main():
     settings = training.settings_of(args, defaults)
     device = distributed.join(models.find_device(args.device))
     if args.sampler and args.steps:
-        make_sampler(args.sampler, args.steps)  # complains before a download
+        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
     with distributed.first_process_first():
         model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
     if args.prompts and model.text is None:

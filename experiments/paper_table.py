@@ -52,7 +52,7 @@ import shipped
 from cache import Cache
 from experiments.table_files import is_row, read_json, read_training
 from experiments.table_text import markdown, paper_figures, summary
-from samplers import Noise, make_sampler, sampler_name, walk
+from samplers import Noise, sampler_name, walk
 from training import named_alike
 
 ROOT = Path(__file__).parent.parent
@@ -194,11 +194,11 @@ def draw(model, row, steps, cache, guidance, items, seed, batch_size, decode, pa
 
     The first batches are also made without a cache at T = `steps`, in turn with the row's own: rows
     are minutes apart, and the speed of a machine drifts."""
-    sampler = make_sampler(row.sampler, row.steps)
+    sampler = models.make_sampler(model.name, row.sampler, row.steps)
     images, seconds, faster = [], [], []
     for batch in sample.generate(model, sampler, guidance, items, seed, batch_size, cache,
-                                 twice=TIMED, full_sampler=make_sampler(row.sampler, steps),
-                                 words=row.name):
+                                 twice=TIMED, words=row.name, full_sampler=models.make_sampler(
+                                     model.name, row.sampler, steps)):
         images.append(decode(batch.x))
         seconds.append(batch.seconds / len(batch.x))
         if batch.full is not None:
@@ -263,11 +263,12 @@ class Look:
 
 def accumulated(model, row, cache, guidance, items, seed):
     """The mean squared error of x_t against the uncached trajectory, after each step: list of T."""
-    sampler, noise = make_sampler(row.sampler, row.steps), Noise(seed, range(len(items)))
+    samplers = [models.make_sampler(model.name, row.sampler, row.steps) for _ in range(2)]
+    noise = Noise(seed, range(len(items)))
     x, condition = noise.start(model.shape, model.device), model.condition(items)
     full, cached = (
         walk(model.network, sampler, x, condition, guidance, each, noise)
-        for sampler, each in ((sampler, None), (make_sampler(row.sampler, row.steps), cache))
+        for sampler, each in zip(samplers, (None, cache), strict=True)
     )
     return [(a - b).square().mean().item() for a, b in zip(full, cached, strict=True)]
 
@@ -366,14 +367,14 @@ def load_model(args):
     args.guidance = model.guidance if args.guidance is None else args.guidance
     args.steps = model.steps if args.steps is None else args.steps
     args.sampler = sampler_name(args.sampler or model.sampler)
-    make_sampler(args.sampler, args.steps)
+    models.make_sampler(model.name, args.sampler, args.steps)
     if max(args.curs) > 1 - 1 / args.steps:
         raise ValueError(f"--curs: of T = {args.steps} steps the first computes everything, so a "
                          f"CUR is {100 - 100 / args.steps:.4g} % at most")
     for speedup in args.speedups:  # one that cannot be reached is found now
         asked = budget.make_budget(model, args.steps, speedup)
         asked.check(budget.even(args.steps, asked))
-        make_sampler(args.sampler, round(args.steps / speedup))
+        models.make_sampler(model.name, args.sampler, round(args.steps / speedup))
     prompts = shipped.read_prompts(args.prompts) if args.prompts else None
     items = model.items(args.num_samples, prompts)
     device = models.find_device(args.device)
@@ -455,7 +456,7 @@ def write_table(model, items, args, out, rows, look, table_figures):
         content = {"about": about, "table": table, "errors": errors}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     table_figures.draw_quality(table, out / "quality.png", f"{title}, {len(items)} images")
-    timesteps = make_sampler(sampler, steps).timesteps
+    timesteps = models.make_sampler(model.name, sampler, steps).timesteps
     table_figures.draw_error(errors, timesteps, out / "error.png", title)
     print(f"{title}, {len(items)} images a row, seed {args.seed}; "
           f"metrics by {look.network.name}\n\n{words}")

@@ -19,7 +19,7 @@ import command
 import models
 import router as routers
 from cache import Cache
-from samplers import Noise, denoise, make_sampler
+from samplers import Noise, denoise
 
 MOST_IMAGES = 100_000
 
@@ -55,7 +55,8 @@ def main():
     file = routers.load(args.router or model.router)
     T, K = file.logits.shape
     file.check(model.name, file.about["sampler"], T, len(model.network.branches))
-    schedule, sampler = file.schedule(), make_sampler(file.about["sampler"], T)
+    schedule = file.schedule()
+    sampler = models.make_sampler(model.name, file.about["sampler"], T)
     noise = Noise(args.seed, range(args.num_samples))
     x = noise.start(model.shape, model.device)
     condition = model.condition(model.items(args.num_samples))

@@ -29,7 +29,7 @@ import models
 import router as routers
 import training
 from experiments.benchmark import SavedBytes
-from samplers import denoise, make_sampler
+from samplers import denoise
 from train_stepwise import PROXY, TRAINING, chunks_of, measure_weights, train_trajectory
 
 DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # at T = 20 a CUR of 45 %
@@ -85,7 +85,7 @@ def train_direct_trajectory(model, router, optimizer, chunks, guidance, tau, bet
 def train(model, settings, out, resume=False):
     """A whole run, as train_stepwise.train. -> a dict of results."""
     steps, B = settings["steps"], settings["batch_size"]
-    sampler = make_sampler(settings["sampler"], steps)
+    sampler = models.make_sampler(model.name, settings["sampler"], steps)
     router = training.first_router(model, settings)
     run = training.Run(model, sampler, router, settings, out, resume)
     for n in run:
@@ -115,7 +115,8 @@ def cost(model, settings, rounds=3):
     """Measures one trajectory of SDT, the proxy's share included, and one of direct training, in
     turn; prints seconds and saved bytes. Either way every row is updated once."""
     steps, guidance, tau = settings["steps"], settings["guidance"], settings["tau"]
-    B, sampler = settings["batch_size"], make_sampler(settings["sampler"], steps)
+    B = settings["batch_size"]
+    sampler = models.make_sampler(model.name, settings["sampler"], steps)
     router = routers.Router(steps, len(model.network.branches), settings["seed"])
 
     def chunks(purpose):

@@ -38,7 +38,7 @@ import router as routers
 import shipped
 import training
 from cache import SoftCache
-from samplers import Noise, make_sampler, sampler_name
+from samplers import Noise, sampler_name
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
 # On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and
@@ -186,7 +186,7 @@ def train(model, settings, out, draw, resume=False, files=()):
     if sampler_name(settings["sampler"]) != "ddim":
         raise ValueError("Learning-to-Cache trains along single steps of DDIM: use --sampler ddim")
     steps, B = settings["steps"], settings["batch_size"]
-    sampler, rows = make_sampler("ddim", steps), learned_rows(steps)
+    sampler, rows = models.make_sampler(model.name, "ddim", steps), learned_rows(steps)
     classes = model.network.num_classes
 
     router = make_router(steps, len(model.network.branches), settings["seed"])

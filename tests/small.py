@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 
 import dit
 import models
+import uvit
 
 
 def tiny_dit(seed=0, **changes):
@@ -16,6 +17,18 @@ def tiny_dit(seed=0, **changes):
         num_classes=5, learn_sigma=True,
     )
     network = dit.DiT(**{**sizes, **changes})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    return network.eval().requires_grad_(False)
+
+
+def tiny_uvit(seed=0, **changes):
+    """A frozen U-ViT with 18 tokens and 10 branches, drawn likewise. `changes` are arguments of
+    uvit.UViT."""
+    sizes = dict(img_size=8, patch_size=2, in_chans=2, embed_dim=32, depth=4, num_heads=2,
+                 num_classes=6, conv=True)
+    network = uvit.UViT(**{**sizes, **changes})
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.15, generator=generator)
