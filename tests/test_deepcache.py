@@ -105,7 +105,7 @@ def test_faster_diffusions_out_blocks_repeat_the_keys_prediction_bit_by_bit():
 
 @torch.no_grad()
 def test_with_keys_at_starts_it_is_ddim_of_half_the_evaluations():
-    """The middle repeats the start's eps, so x_0 stands still, and the second order is the first."""
+    """The middle repeats the start's eps: x_0 stands still, and the second order is the first."""
     network, x, condition = setting(torch.float64)
     cached = FasterDiffusion(network, key_evaluations(STEPS, "starts"))
     result = sampled(cached, x, condition, cached)

@@ -51,7 +51,7 @@ def middle(s, t):
 
 
 class Written:
-    """The whole solver with a prediction of the noise eps(x, n). It notes the labels that it sees."""
+    """The whole solver with a prediction of the noise eps(x, n). It notes the labels it sees."""
 
     def __init__(self, eps):
         self.eps, self.seen = eps, []

@@ -274,7 +274,7 @@ def test_shapes_and_labels_that_do_not_exist_are_refused():
 
 
 def test_learning_to_caches_router_takes_its_codes_decisions(tmp_path):
-    """Evaluations in its order: of step s the start, by row s if s > 0, then the middle, in full."""
+    """Evaluations in its order: of step s the start, by row s if s > 0, then the middle, whole."""
     generator = torch.Generator().manual_seed(0)
     rows = {f"{i}.prob": 4 * torch.randn(6, generator=generator) for i in range(8)}
     torch.save(rows, tmp_path / "dpm8_router.pth")
