@@ -349,12 +349,14 @@ def add_model_flags(parser):
     """The flags that sampling and training share. What is None comes from the model's defaults."""
     parser.add_argument("--model", default="digits",
                         help="digits (default), emoji, dit256, dit512, pixart256, pixart512, "
-                             "pixart1024, sigma256, sigma512, sigma1024 or sigma2048")
+                             "pixart1024, sigma256, sigma512, sigma1024, sigma2048, uvit256 or "
+                             "uvit512")
     parser.add_argument("--weights", type=place,
                         help="the network's weights, if not the usual: a file or a folder")
     parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
     parser.add_argument("--sampler", type=name,
-                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver")
+                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or "
+                             "sa-solver; for U-ViT dpm-solver-2s or dpm-solver-3s")
     parser.add_argument("--guidance", type=finite, help="guidance scale; 1 is no guidance")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
     add_device_flag(parser)

@@ -5,6 +5,7 @@ float64, which Apple's GPUs do not have. Torch's own fake tensors for "cuda" and
 rules. (For the loops they take minutes, and torch's build for the CPU stops at some operations.)"""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import costs
+import deepcache
 import feature_statistics
 import features
 import metrics
@@ -32,7 +34,7 @@ import training
 import vae
 from cache import Cache
 from samplers import Noise, make_sampler
-from tests.small import tiny_dit
+from tests.small import tiny_dit, tiny_uvit
 
 aten = torch.ops.aten
 DEVICE = "meta"
@@ -180,11 +182,9 @@ def test_the_rules_are_those_of_torch_for_real_devices(name):
 
 def tiny(kind="dit", dtype=torch.float32):
     """A model on the CPU. `model.to(DEVICE)` moves it, inside `GPU()`."""
-    if kind == "dit":
-        network, reader = tiny_dit(depth=1), None
-    else:
-        network, reader = tiny_pixart(), "hashed"
-    return models.Model("tiny", network.to(dtype), "ddim", steps=T, guidance=GUIDANCE, text=reader)
+    network = {"dit": partial(tiny_dit, depth=1), "pixart": tiny_pixart, "uvit256": tiny_uvit}[kind]
+    network, reader = network(), "hashed" if kind == "pixart" else None
+    return models.Model(kind, network.to(dtype), "ddim", steps=T, guidance=GUIDANCE, text=reader)
 
 
 def tiny_pixart(**changes):
@@ -214,8 +214,9 @@ def sampled(kind, device, name, order=None, dtype=torch.float32):
     model, noise = tiny(kind, dtype).to(device), Noise(0, range(3))
     condition = model.condition(["a red apple", "", "dog"] if model.text else [1, 0, 2])
     cache = None if order is None else Cache(alternating(model), order)
-    x = samplers.denoise(model.network, make_sampler(name, T), noise.start(model.shape, device),
-                         condition, GUIDANCE, cache, noise)
+    sampler = models.make_sampler(model.name, name, T)
+    x = samplers.denoise(model.network, sampler, noise.start(model.shape, device), condition,
+                         GUIDANCE, cache, noise)
     assert cache is None or cache.reused[0] == T // 2
     return x
 
@@ -226,6 +227,27 @@ def test_sampling(name):
         with GPU():
             x = sampled("dit", DEVICE, name, order)
         check_equal(x, sampled("dit", "cpu", name, order))
+
+
+@pytest.mark.parametrize("name, order", [("dpm-solver-2s", 1), ("dpm-solver-3s", 0)])
+def test_sampling_along_a_u(name, order):
+    with GPU():
+        x = sampled("uvit256", DEVICE, name, order)
+    check_equal(x, sampled("uvit256", "cpu", name, order))
+
+
+@pytest.mark.parametrize("make", [partial(deepcache.DeepCache, depth=1), deepcache.FasterDiffusion])
+def test_caches_of_hidden_states(make):
+    def deep(device):
+        model = tiny("uvit256").to(device)
+        cached = make(model.network, deepcache.key_evaluations(T, "middles"))
+        sampler = models.make_sampler(model.name, "dpm-solver-2s", T)
+        return samplers.denoise(cached, sampler, Noise(0, range(3)).start(model.shape, device),
+                                model.condition([1, 0, 2]), GUIDANCE, cached)
+
+    with GPU():
+        x = deep(DEVICE)
+    check_equal(x, deep("cpu"))
 
 
 @pytest.mark.parametrize("name, order", [("ddpm", 0), ("sa-solver", 1)])
