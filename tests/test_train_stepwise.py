@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import command
+import models
 import router as routers
 import train_stepwise
 from samplers import DDIM, Noise, make_sampler
@@ -95,6 +96,21 @@ def test_gradients_against_finite_differences(seed):
             row.data[k] = logit
             expected = (losses[1] - losses[0]) / (2 * h)
             assert gradients[i - 1][i - 1][k].item() == pytest.approx(expected, rel=1e-5, abs=1e-10)
+
+
+def test_compiled_branches_train_the_same_router():
+    """The backend `aot_eager` traces forward and backward, and computes as torch does otherwise."""
+    logits = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, router, make_chunks = double_case(0)
+        if compiled:
+            assert len(models.compile_branches(model.network, "aot_eager")) == 6
+        optimizer = torch.optim.AdamW(router.parameters(), 0.1, weight_decay=0)
+        train_stepwise.train_trajectory(model, router, optimizer, make_chunks(), [0.0, 1, 1, 1],
+                                        SCALE, TAU, 0.01)
+        logits.append(router.logits())
+    assert (logits[0] - logits[1]).abs().max() < 1e-9
 
 
 def restated(model, table, lambda_, seed, numbers, beta, optimizers, sampler_name):
