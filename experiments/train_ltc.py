@@ -11,6 +11,9 @@ of even index reuse, where the router says so, what the step just before compute
     x           the DDIM step from x_s by a full pass, which fills the cache
     LTC         L = MSE(with the soft cache, without one) + beta sum_k r[i, k] at the next step
     update      one AdamW step on row i
+On a U-ViT it pairs the evaluations of DPM-Solver's second order: the middle of a step computes
+everything, and the start of the next may reuse it. x is then two evaluations from x_s.
+
 SDT differs: it walks whole trajectories from noise, so that the student meets its own accumulated
 error and cache entries as old as in sampling; it has guidance, as sampling has; any step may reuse;
 and it needs no images. IEPO adds lambda.
@@ -42,7 +45,8 @@ from samplers import Noise, sampler_name
 
 DROP_LABEL = 0.1  # the share of images that are shown without their label
 # On digits, and those published for DiT-XL/2, 256 x 256, both at T = 20 (published for T = 10 and
-# 50: beta 1e-6, for 512 x 512: tau 0.9). An iteration is a row's update.
+# 50: beta 1e-6, for 512 x 512: tau 0.9; for U-ViT-H/2: 2.4e-5, which is 0.1 for a sum over 4,096
+# numbers, tau 0.9 and 40,000 iterations). An iteration is a row's update.
 DEFAULTS = {"digits": dict(beta=1e-4, lr=0.1, iterations=1000, batch_size=8)}
 PUBLISHED = dict(beta=5e-6, lr=1e-3, iterations=20000, batch_size=64, micro_batch=8)
 MIRROR = 3  # a purpose of Noise
@@ -129,35 +133,45 @@ def square(image, size):
 # The method
 
 
-def learned_rows(steps):
-    """The rows of even timestep index, which may reuse, in executed order: not row 0, which is the
-    index T - 1 (for odd T that is even, and computes everything all the same)."""
+SINGLE_STEPS = {"ddim": 1, "dpm-solver-2s": 2}  # sampler: the evaluations in one of its steps
+
+
+def learned_rows(steps, sampler="ddim"):
+    """The rows that may reuse, in executed order. Of DDIM, those of even timestep index, but not
+    row 0, which is the index T - 1 (for odd T that is even, and computes everything all the same).
+    Of DPM-Solver, the starts of all steps but the first."""
+    if sampler == "dpm-solver-2s":
+        return list(range(2, steps, 2))
     return [i for i in range(1, steps) if (steps - 1 - i) % 2 == 0]
 
 
-def make_router(steps, branches, seed):
-    """A router whose other rows always compute: fixed at the highest score, and never trained."""
+def make_router(steps, branches, seed, learned):
+    """A router whose rows, but for those `learned`, always compute: fixed at the highest score, and
+    never trained."""
     router = routers.Router(steps, branches, seed)
     with torch.no_grad():
-        for i in set(range(1, steps)) - set(learned_rows(steps)):
+        for i in set(range(1, steps)) - set(learned):
             router.rows[i - 1].fill_(routers.LIMIT).requires_grad_(False)
     return router
 
 
-def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, beta, micro_batch):
-    """One iteration, on row i. images (B, C, H, W) are clean. -> the loss and the squared error.
-    Raises ValueError, before the update, if the loss is not finite."""
-    t_before, t = sampler.timesteps[i - 1 : i + 1]
-    a, B, error = sampler.alpha_bar[i - 1], len(images), 0.0
+def train_row(model, router, optimizer, sampler, i, images, labels, noise, tau, beta, micro_batch,
+              before=1):
+    """One iteration, on row i, from the row `before` rows earlier. images (B, C, H, W) are clean.
+    -> the loss and the squared error. Raises ValueError, before the update, if the loss is not
+    finite."""
+    t, a, B, error = sampler.timesteps[i], sampler.alpha_bar[i - before], len(images), 0.0
     scale = training.loss_scale(1 / images[:micro_batch].numel())
     x = math.sqrt(a) * images + math.sqrt(1 - a) * noise.step(i, images)
     for part in range(0, B, micro_batch):
-        x_s, y = x[part : part + micro_batch], labels[part : part + micro_batch]
+        x_t, y = x[part : part + micro_batch], labels[part : part + micro_batch]
         cache = SoftCache(router.scores, tau)
         predict = partial(evaluate, model.network, y)
         with torch.no_grad():
-            # To the cache this is step 0: nothing that came before may be reused.
-            x_t = sampler.step(predict(x_s, t_before, cache.start(0)), i - 1, x_s)
+            for j in range(i - before, i):
+                # To the cache this is step 0: nothing that came before may be reused.
+                prediction = predict(x_t, sampler.timesteps[j], cache.start(0))
+                x_t = sampler.step(prediction, j, x_t)
             target = predict(x_t, t)
         mse = len(y) / B * F.mse_loss(predict(x_t, t, cache.start(i)), target)
         (scale * mse).backward()
@@ -182,14 +196,15 @@ def train(model, settings, out, draw, resume=False, files=()):
     """Learning-to-Cache's training, new or resumed, in the folder `out`. A "trajectory" of the log
     is as many iterations as there are learned rows, each on a row drawn at random. `files` names
     the images, if `draw` reads them: with others the run is not resumed.
-    -> a dict of results. Raises ValueError if the sampler is not DDIM."""
-    if sampler_name(settings["sampler"]) != "ddim":
-        raise ValueError("Learning-to-Cache trains along single steps of DDIM: use --sampler ddim")
-    steps, B = settings["steps"], settings["batch_size"]
-    sampler, rows = models.make_sampler(model.name, "ddim", steps), learned_rows(steps)
+    -> a dict of results. Raises ValueError for another sampler than DDIM, or U-ViT's of order 2."""
+    name, steps, B = sampler_name(settings["sampler"]), settings["steps"], settings["batch_size"]
+    if name not in SINGLE_STEPS:
+        raise ValueError("Learning-to-Cache trains along single steps: use --sampler ddim, or "
+                         "dpm-solver-2s for a U-ViT")
+    sampler, rows = models.make_sampler(model.name, name, steps), learned_rows(steps, name)
     classes = model.network.num_classes
 
-    router = make_router(steps, len(model.network.branches), settings["seed"])
+    router = make_router(steps, len(model.network.branches), settings["seed"], rows)
     run = training.Run(model, sampler, router, settings, out, resume, len(rows), files)
     for n in run:
         losses, errors = [0.0] * steps, [0.0] * steps
@@ -203,7 +218,7 @@ def train(model, settings, out, draw, resume=False, files=()):
             labels = torch.where(dropped.to(model.device), classes, labels)
             losses[i], errors[i] = train_row(
                 model, router, run.optimizer, sampler, i, images, labels, noise, settings["tau"],
-                run.beta, settings["micro_batch"],
+                run.beta, settings["micro_batch"], SINGLE_STEPS[name],
             )
         run.record(losses, errors)
     return run.finish()
@@ -235,9 +250,9 @@ def main():
         raise ValueError(f"{args.model} takes prompts: Learning-to-Cache is for models that take "
                          "labels")
     models.choose_kernels(model.device)
+    sampler = args.sampler or (model.sampler if model.name in models.UVIT else "ddim")
     settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
-                 "steps": model.steps if args.steps is None else args.steps,
-                 "sampler": args.sampler or "ddim"}
+                 "steps": model.steps if args.steps is None else args.steps, "sampler": sampler}
     if args.images:
         draw = folder(args.images, model, models.load_autoencoder(model, args.vae), classes)
     else:

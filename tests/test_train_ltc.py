@@ -12,9 +12,10 @@ from PIL import Image
 import command
 import models
 import router as routers
+from dpm_solver import SAMPLERS
 from experiments import train_ltc
 from samplers import DDIM, Noise
-from tests.small import tiny_dit
+from tests.small import tiny_dit, tiny_uvit
 from tests.test_train_stepwise import StandStill
 from tests.test_training import log_of, logits_of
 
@@ -49,7 +50,7 @@ def test_rows_that_may_reuse(T):
     """By timestep index: odd ones compute, and so does the first step executed; so CUR <= 50 %."""
     computes = {T - 1 - index for index in range(T) if index % 2 == 1 or index == T - 1}
     assert set(train_ltc.learned_rows(T)) == set(range(T)) - computes
-    router = train_ltc.make_router(T, 6, seed=0)
+    router = train_ltc.make_router(T, 6, 0, train_ltc.learned_rows(T))
     for i in train_ltc.learned_rows(T):
         router.rows[i - 1].data.fill_(-5)
     schedule = routers.threshold(torch.sigmoid(router.logits()), 0.9)
@@ -64,7 +65,7 @@ def test_an_iteration_against_its_description(seed, micro_batch):
     """The loss, image by image with a cache of our own, and its gradient by finite differences."""
     model, T, beta, i = tiny_model(seed), 4, 0.01, (1, 3, 3)[seed]
     network, sampler = model.network.double(), DDIM(T)
-    router = train_ltc.make_router(T, 6, seed).double()
+    router = train_ltc.make_router(T, 6, seed, train_ltc.learned_rows(T)).double()
     noise = Noise(seed, range(3), 1)
     images, labels = draw(Noise(seed + 50, range(3)))
     labels[1] = 5  # the null label
@@ -110,13 +111,67 @@ def test_an_iteration_against_its_description(seed, micro_batch):
         assert gradients[i - 1][k].item() == pytest.approx((up - down).item() / 2e-5, rel=1e-4)
 
 
+def test_an_iteration_on_a_u_vit_against_its_description():
+    """x_s at a step's start; the step to its end, whose middle fills the cache; there the two. By
+    a network, a cache and a solver's formulas written out, with finite differences."""
+    network, i, T, seed = tiny_uvit().double(), 4, 8, 3
+    model = models.Model("uvit256", network, "dpm-solver-2s", T, 1.4)
+    sampler = SAMPLERS["dpm-solver-2s"](T)
+    router = train_ltc.make_router(T, 10, 0, train_ltc.learned_rows(T, "dpm-solver-2s")).double()
+    assert [not row.requires_grad for row in router.rows] == [n % 2 == 1 for n in range(1, T)]
+    noise, recorder = Noise(seed, range(2), 1), StandStill(router)
+    images, labels = draw(Noise(53, range(2)))
+    images = images.double()
+    loss, error = train_ltc.train_row(model, router, recorder, sampler, i, images, labels, noise,
+                                      TAU, 0.01, 2, before=2)
+
+    def described(row):
+        a, middle, after = (sampler.alpha_bar[n] for n in (i - 2, i - 1, i))
+        h = [0.5 * math.log(b / (1 - b)) - 0.5 * math.log(a / (1 - a)) for b in (middle, after)]
+        assert h[1] == pytest.approx(2 * h[0])
+        x = math.sqrt(a) * images + math.sqrt(1 - a) * noise.step(i, images)
+        t = [torch.full((2,), sampler.timesteps[n]) for n in (i - 2, i - 1, i)]
+        kept = {}
+
+        def fill(k, branch):
+            kept[k] = branch()
+            return kept[k]
+
+        def mix(k, branch):
+            return row[k] * branch() + (1 - row[k]) * kept[k]
+
+        def data(x, a, eps):
+            return (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+
+        def lead(first, b, h):
+            return (math.sqrt((1 - b) / (1 - a)) * x - math.sqrt(b) * math.expm1(-h) * first)
+
+        first = data(x, a, network(x, t[0], labels))
+        inner = lead(first, middle, h[0])
+        second = data(inner, middle, network(inner, t[1], labels, cache=fill))
+        x = lead(first, after, h[1]) - math.sqrt(after) * math.expm1(-h[1]) * (second - first)
+        return F.mse_loss(network(x, t[2], labels, cache=mix), network(x, t[2], labels)), (
+            0.01 * row.sum())
+
+    logits = router.rows[i - 1].detach()
+    expected_error, usage = described(torch.sigmoid(logits))
+    assert error == pytest.approx(expected_error.item(), rel=1e-6)
+    assert loss == pytest.approx((expected_error + usage).item(), rel=1e-6)
+    for k in (0, 9):
+        h = torch.zeros(10, dtype=torch.float64)
+        h[k] = 1e-5
+        up, down = (sum(described(torch.sigmoid(logits + d))) for d in (h, -h))
+        gradient = recorder.gradients[0][i - 1][k].item()
+        assert gradient == pytest.approx((up - down).item() / 2e-5, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs
 
 
 def test_a_run_trains_its_rows_only_and_resumes_bitwise(tmp_path, monkeypatch):
     model = tiny_model()
-    before = train_ltc.make_router(4, 6, 0).logits()
+    before = train_ltc.make_router(4, 6, 0, train_ltc.learned_rows(4)).logits()
     train_ltc.train(model, settings(), tmp_path / "whole", draw)
     after = logits_of(tmp_path / "whole")
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [
