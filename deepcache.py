@@ -7,11 +7,11 @@ from hidden states that the last such evaluation, the key, has kept.
     Faster Diffusion  keeps what the in blocks and the middle block gave, and runs the out blocks
                       (Li et al. 2023, https://arxiv.org/abs/2312.09608)
 
-    cached = DeepCache(network, key_evaluations(20, "middles"), depth=2)
-    x = denoise(cached, sampler, x, condition, guidance, cache=cached)
+    cache = DeepCache(key_evaluations(20, "middles"), depth=2)
+    x = denoise(network, sampler, x, condition, guidance, cache)
 
-Neither has public code for U-ViT; these are consistent with their papers. The object stands where
-the network does, and also where the cache does, so that it knows the evaluation's number.
+Neither has public code for U-ViT; these are consistent with their papers. To the sampler they are
+caches like any other. The network leaves the way through its blocks to them (`run`).
 
 What the U gives: in DeepCache the skip connections carry the details of today's x across to the out
 blocks. What U-ViT takes away: its out blocks see the timestep and the label only through tokens of
@@ -49,14 +49,10 @@ class DeepCache:
     Raises ValueError for other keys or another depth, or if evaluations do not follow one another.
     """
 
-    def __init__(self, network, keys, depth):
-        if not 1 <= depth <= len(network.out_blocks):
-            raise ValueError(f"the depth of DeepCache is from 1 to {len(network.out_blocks)}, the "
-                             f"number of out blocks, not {depth}")
+    def __init__(self, keys, depth):
         if not keys or not keys[0]:
             raise ValueError("the first evaluation must be a key: there is nothing to reuse yet")
-        self.network, self.keys, self.depth = network, keys, depth
-        self.guidance_channels = network.guidance_channels
+        self.keys, self.depth = keys, depth
         self.steps, self.i, self.blocks, self.bytes = len(keys), len(keys) - 1, 0, 0
 
     def start(self, i):
@@ -66,55 +62,60 @@ class DeepCache:
         self.i = i
         return self
 
-    def __call__(self, x, t, y, cache=None):
-        """The prediction, as UViT.forward gives it. `cache` is this object, and of no use here."""
-        tokens = self.evaluate_key(x, t, y) if self.keys[self.i] else self.evaluate_rest(x, t, y)
-        return self.network.head(tokens, x)
+    def run(self, network, x, t, y):
+        """The blocks of this evaluation: -> the last tokens (B, N, D)."""
+        run = self.run_key if self.keys[self.i] else self.run_rest
+        return run(network, x, t, y)
 
-    def evaluate_key(self, x, t, y):
-        """All blocks: -> the last tokens (B, N, D). Keeps what the last `depth` out blocks see."""
-        network, m = self.network, self.depth
+    def run_key(self, network, x, t, y):
+        """All blocks. Keeps what enters the last m out blocks."""
+        if not 1 <= self.depth <= len(network.out_blocks):
+            raise ValueError(f"the depth of DeepCache is from 1 to {len(network.out_blocks)}, the "
+                             f"number of out blocks, not {self.depth}")
         skips = network.go_down(x, t, y)
-        self.kept = network.go_up(network.mid_block(skips[-1]), skips[m:], first=m)
+        outer, inner = skips[: self.depth], skips[self.depth :]
+        self.kept = network.go_up(network.mid_block(skips[-1]), inner, first=self.depth)
         self.bytes = self.kept.nbytes
         self.blocks += len(network.blocks)
-        return network.go_up(self.kept, skips[:m])
+        return network.go_up(self.kept, outer)
 
-    def evaluate_rest(self, x, t, y):
+    def run_rest(self, network, x, t, y):
         """The outermost blocks, on today's x, t and label and on the state kept."""
         self.blocks += 2 * self.depth
-        return self.network.go_up(self.kept, self.network.go_down(x, t, y, depth=self.depth))
+        return network.go_up(self.kept, network.go_down(x, t, y, depth=self.depth))
 
-    def flops(self):
+    def flops(self, network):
         """Arithmetic of one image's trajectory, one half of the guided batch."""
-        branches, rest = self.network.flops()
-        block, keys = branches[0] + branches[1], sum(self.keys)
-        outer = self.depth * (2 * block + self.network.skip_flops()) + self.network.end_flops()
-        return keys * (sum(branches) + rest) + (self.steps - keys) * outer
+        block = sum(network.flops()[0][:2])
+        outer = self.depth * (2 * block + network.skip_flops()) + network.end_flops()
+        return self.total(network, outer)
+
+    def total(self, network, rest):
+        """Keys at their full arithmetic, and each other evaluation at `rest`."""
+        branches, other = network.flops()
+        keys = sum(self.keys)
+        return keys * (sum(branches) + other) + (self.steps - keys) * rest
 
 
 class FasterDiffusion(DeepCache):
-    """The same with another share of the work: `keys` as above, no depth."""
+    """The same with another share of the work. It has `keys` and no depth."""
 
-    def __init__(self, network, keys):
-        super().__init__(network, keys, len(network.out_blocks))
+    def __init__(self, keys):
+        super().__init__(keys, depth=None)
 
-    def evaluate_key(self, x, t, y):
-        network = self.network
+    def run_key(self, network, x, t, y):
+        """All blocks. Keeps what the in blocks and the middle block gave."""
         self.skips = network.go_down(x, t, y)
         self.kept = network.mid_block(self.skips[-1])
         self.bytes = self.kept.nbytes + sum(skip.nbytes for skip in self.skips)
         self.blocks += len(network.blocks)
         return network.go_up(self.kept, self.skips)
 
-    def evaluate_rest(self, x, t, y):
+    def run_rest(self, network, x, t, y):
         """The out blocks, which see nothing of today's x, t and label."""
-        self.blocks += len(self.network.out_blocks)
-        return self.network.go_up(self.kept, self.skips)
+        self.blocks += len(network.out_blocks)
+        return network.go_up(self.kept, self.skips)
 
-    def flops(self):
-        branches, rest = self.network.flops()
-        out, keys = len(self.network.out_blocks), sum(self.keys)
-        block = branches[0] + branches[1] + self.network.skip_flops()
-        decoder = out * block + self.network.end_flops()
-        return keys * (sum(branches) + rest) + (self.steps - keys) * decoder
+    def flops(self, network):
+        block = sum(network.flops()[0][:2]) + network.skip_flops()
+        return self.total(network, len(network.out_blocks) * block + network.end_flops())

@@ -136,8 +136,10 @@ class UViT(nn.Module):
 
         x (B, C, H, H); t (B,) timesteps in [1, 1000], whole or fractional; y (B,) labels, the null
         label being `num_classes` (None for a network without labels); `cache(k, branch)` gives the
-        output of branch k -> (B, C, H, H).
+        output of branch k, or a cache of hidden states runs the blocks -> (B, C, H, H).
         """
+        if hasattr(cache, "run"):  # see deepcache.py
+            return self.head(cache.run(self, x, t, y), x)
         skips = self.go_down(x, t, y, cache)
         tokens = self.mid_block(skips[-1], cache or compute, 2 * len(self.in_blocks))
         return self.head(self.go_up(tokens, skips, cache), x)

@@ -239,11 +239,11 @@ def test_sampling_along_a_u(name, order):
 @pytest.mark.parametrize("make", [partial(deepcache.DeepCache, depth=1), deepcache.FasterDiffusion])
 def test_caches_of_hidden_states(make):
     def deep(device):
-        model = tiny("uvit256").to(device)
-        cached = make(model.network, deepcache.key_evaluations(T, "middles"))
+        model, cache = tiny("uvit256").to(device), make(deepcache.key_evaluations(T, "middles"))
         sampler = models.make_sampler(model.name, "dpm-solver-2s", T)
-        return samplers.denoise(cached, sampler, Noise(0, range(3)).start(model.shape, device),
-                                model.condition([1, 0, 2]), GUIDANCE, cached)
+        x = Noise(0, range(3)).start(model.shape, device)
+        return samplers.denoise(model.network, sampler, x, model.condition([1, 0, 2]), GUIDANCE,
+                                cache)
 
     with GPU():
         x = deep(DEVICE)
