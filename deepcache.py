@@ -45,7 +45,8 @@ def key_evaluations(steps, where):
 class DeepCache:
     """`keys`, T bools, the first of them True; `depth` m from 1 to the number of out blocks.
 
-    Attributes: `blocks`, how many blocks it has run, and `bytes`, what it keeps.
+    Attributes, counted: `blocks`, how many blocks it has run; `cur`, the share that it has not;
+    `bytes`, what it keeps now, and `peak_bytes`, the most it ever kept.
     Raises ValueError for other keys or another depth, or if evaluations do not follow one another.
     """
 
@@ -53,7 +54,8 @@ class DeepCache:
         if not keys or not keys[0]:
             raise ValueError("the first evaluation must be a key: there is nothing to reuse yet")
         self.keys, self.depth = keys, depth
-        self.steps, self.i, self.blocks, self.bytes = len(keys), len(keys) - 1, 0, 0
+        self.steps, self.i = len(keys), len(keys) - 1  # as after a whole trajectory
+        self.blocks = self.all_blocks = self.bytes = self.peak_bytes = 0
 
     def start(self, i):
         """Call before evaluation i. -> the cache itself."""
@@ -65,7 +67,14 @@ class DeepCache:
     def run(self, network, x, t, y):
         """The blocks of this evaluation: -> the last tokens (B, N, D)."""
         run = self.run_key if self.keys[self.i] else self.run_rest
-        return run(network, x, t, y)
+        tokens = run(network, x, t, y)
+        self.all_blocks += len(network.blocks)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return tokens
+
+    @property
+    def cur(self):
+        return 1 - self.blocks / max(1, self.all_blocks)
 
     def run_key(self, network, x, t, y):
         """All blocks. Keeps what enters the last m out blocks."""
@@ -81,11 +90,15 @@ class DeepCache:
 
     def run_rest(self, network, x, t, y):
         """The outermost blocks, on today's x, t and label and on the state kept."""
-        self.blocks += 2 * self.depth
+        self.blocks += self.outer(network)
         return network.go_up(self.kept, network.go_down(x, t, y, depth=self.depth))
 
+    def outer(self, network):
+        """How many blocks run where no key is."""
+        return 2 * self.depth
+
     def flops(self, network):
-        """Arithmetic of one image's trajectory, one half of the guided batch."""
+        """Arithmetic of one image's trajectory, one half of the guided batch, in FLOP."""
         block = sum(network.flops()[0][:2])
         outer = self.depth * (2 * block + network.skip_flops()) + network.end_flops()
         return self.total(network, outer)
@@ -113,9 +126,12 @@ class FasterDiffusion(DeepCache):
 
     def run_rest(self, network, x, t, y):
         """The out blocks, which see nothing of today's x, t and label."""
-        self.blocks += len(network.out_blocks)
+        self.blocks += self.outer(network)
         return network.go_up(self.kept, self.skips)
+
+    def outer(self, network):
+        return len(network.out_blocks)
 
     def flops(self, network):
         block = sum(network.flops()[0][:2]) + network.skip_flops()
-        return self.total(network, len(network.out_blocks) * block + network.end_flops())
+        return self.total(network, self.outer(network) * block + network.end_flops())

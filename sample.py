@@ -249,7 +249,10 @@ class Totals:
 
 
 def counted_flops(model, cache, guidance=None):
-    """Arithmetic of one image in FLOP, from what the cache counted, not from its schedule."""
+    """Arithmetic of one image in FLOP, from what the cache counted, not from its schedule (a cache
+    of hidden states knows it itself)."""
+    if hasattr(cache, "run"):
+        return (1 if guidance == 1 else 2) * cache.flops(model.network)
     trajectories = (cache.computed[0] + cache.reused[0]) / cache.steps
     return model.flops(cache.steps, [n / trajectories for n in cache.reused], guidance)
 

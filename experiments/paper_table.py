@@ -15,6 +15,8 @@ HarmoniCa with the official code's cumulative proxy. Some methods are not in the
 "direct" trains on the image error itself. Routers that are not in checkpoints/table are trained
 first, with --target-cur.
 
+A U-ViT has rows of DeepCache and Faster Diffusion too, which reuse hidden states (deepcache.py).
+
 For each of the --speedups there are rows of equal arithmetic: fewer steps without a cache, whole
 steps evenly spaced with forecasts of order 0, 1 and 2, and the schedule that search.py finds.
 
@@ -50,8 +52,10 @@ import router as routers
 import sample
 import shipped
 from cache import Cache
+from deepcache import DeepCache, FasterDiffusion, key_evaluations
 from experiments.table_files import is_row, read_json, read_training
 from experiments.table_text import markdown, paper_figures, summary
+from experiments.train_ltc import SINGLE_STEPS
 from samplers import Noise, sampler_name, walk
 from training import named_alike
 
@@ -59,6 +63,13 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "table"
 FEWER = {("ddim", 50): 39, ("ddim", 20): 14, ("ddim", 10): 9, ("dpm-solver++", 20): 15,
          ("ddpm", 100): 75, ("sa-solver", 25): 20}  # steps of the paper's own first baseline
+HIDDEN = {  # method, for a U-ViT: T -> its cache
+    "DeepCache, m = 1": lambda T: DeepCache(key_evaluations(T, "middles"), 1),
+    "DeepCache, m = 2": lambda T: DeepCache(key_evaluations(T, "middles"), 2),
+    "DeepCache, m = 1, keys at starts": lambda T: DeepCache(key_evaluations(T, "starts"), 1),
+    "Faster Diffusion": lambda T: FasterDiffusion(key_evaluations(T, "middles")),
+    "Faster Diffusion, keys at starts": lambda T: FasterDiffusion(key_evaluations(T, "starts")),
+}
 TRAINED = {  # method: the module that trains its routers, and its flags
     "Learning-to-Cache": ("experiments.train_ltc", []),
     "SDT + LTC": ("train_stepwise", ["--objective", "ltc"]),
@@ -109,22 +120,29 @@ class Row:
 def plan(model, sampler, steps, curs, seeds, methods=USUAL, speedups=()):
     """The rows of a table: a list. `methods` are those to have at each target CUR."""
     rows = [Row(model.name, sampler, steps, "no cache")]
-    fewer = FEWER.get((sampler, steps), round(0.75 * steps))
+    fewer = FEWER.get((sampler, steps), fewer_steps(sampler, steps, 4 / 3))
     rows.append(Row(model.name, sampler, fewer, "fewer steps"))
-    rows += [Row(model.name, sampler, steps, name) for name in list(FIXED)[2:]]
+    fixed = [*list(FIXED)[2:], *(HIDDEN if sampler == "dpm-solver-2s" else ())]
+    rows += [Row(model.name, sampler, steps, name) for name in fixed]
     for target in curs:
         for method in methods:
             if model.text and method in ("Learning-to-Cache", "direct"):
                 continue  # written for classes
-            if method == "Learning-to-Cache" and (target >= 0.5 or sampler != "ddim"):
-                continue  # it reuses at every other step at most, and is defined for DDIM
+            if method == "Learning-to-Cache" and (target >= 0.5 or sampler not in SINGLE_STEPS):
+                continue  # it reuses at every other step at most, and is defined for single steps
             rows += [Row(model.name, sampler, steps, method, target, s) for s in range(seeds)]
     for speedup in speedups:
         for method in AT_SPEEDUPS:
-            T = round(steps / speedup) if method == "fewer steps" else steps
+            T = fewer_steps(sampler, steps, speedup) if method == "fewer steps" else steps
             rows += [Row(model.name, sampler, T, method, None, s, speedup)
                      for s in range(seeds if method == "searched" else 1)]
     return rows
+
+
+def fewer_steps(sampler, steps, speedup):
+    """The number of steps that is so much faster, to the nearest: an even one for dpm-solver-2s."""
+    unit = 2 if sampler == "dpm-solver-2s" else 1
+    return unit * round(steps / speedup / unit)
 
 
 def find_router(row, args, out):
@@ -184,6 +202,16 @@ def schedule_of(row, model, args, out):
     return file.schedule(), file.forecast, training
 
 
+def cache_of(row, model, args, out):
+    """-> the row's cache, how many branches each step computes, a list of T, and what its training
+    took."""
+    if row.method in HIDDEN:
+        cache, K = HIDDEN[row.method](row.steps), len(model.network.branches)
+        return cache, [K if key else 2 * cache.outer(model.network) for key in cache.keys], {}
+    schedule, order, training = schedule_of(row, model, args, out)
+    return Cache(schedule, order), schedule.sum(1).tolist(), training
+
+
 # ------------------------------------------------------------------------------------------------
 # What is measured
 
@@ -236,14 +264,14 @@ def measure(row, model, guidance, items, args, out, look):
         if named_alike(values["about"]) != about:
             raise ValueError(f"{known} was measured with other settings: choose another --out")
         return values
-    schedule, order, training = schedule_of(row, model, args, out)
-    values = draw(model, row, look.first.steps, Cache(schedule, order), guidance, items, args.seed,
-                  args.batch_size, look.decode, images)
+    cache, computed, training = cache_of(row, model, args, out)
+    values = draw(model, row, look.first.steps, cache, guidance, items, args.seed, args.batch_size,
+                  look.decode, images)
     values["error"] = error_to(out / "images" / f"{look.first.name}.npz", images)
     values |= metrics.evaluate(str(images), look.reference, network=look.network)
     if look.clip:
         values["clip"] = metrics.clip_score(pictures.read(str(images))[1], items, look.clip)
-    values |= {"about": about, "training": training, "computed": schedule.sum(1).tolist()}
+    values |= {"about": about, "training": training, "computed": computed}
     with command.replacing(known) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
     return values
@@ -374,7 +402,8 @@ def load_model(args):
     for speedup in args.speedups:  # one that cannot be reached is found now
         asked = budget.make_budget(model, args.steps, speedup)
         asked.check(budget.even(args.steps, asked))
-        models.make_sampler(model.name, args.sampler, round(args.steps / speedup))
+        models.make_sampler(model.name, args.sampler,
+                            fewer_steps(args.sampler, args.steps, speedup))
     prompts = shipped.read_prompts(args.prompts) if args.prompts else None
     items = model.items(args.num_samples, prompts)
     device = models.find_device(args.device)

@@ -17,6 +17,10 @@ LOOKS = {"no cache": ("black", "*"), "fewer steps": ("black", "o"),
          "HarmoniCa, cumulative": ("#CC79A7", "X"),
          "HarmoniCa from alternation": ("#D55E00", "h"), "direct": ("#0072B2", "p"),
          "sensitivity": ("#F0C000", "D"), "sensitivity, forecast 1": ("#F0C000", "d"),
+         "DeepCache, m = 1": ("#56B4E9", "s"), "DeepCache, m = 2": ("#56B4E9", "D"),
+         "DeepCache, m = 1, keys at starts": ("#56B4E9", "P"),
+         "Faster Diffusion": ("#E69F00", "<"),
+         "Faster Diffusion, keys at starts": ("#E69F00", ">"),
          "even": ("#0072B2", "v"), "even, forecast 1": ("#0072B2", "<"),
          "even, forecast 2": ("#0072B2", ">"), "searched": ("#D00000", "*")}
 

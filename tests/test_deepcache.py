@@ -128,6 +128,7 @@ def test_blocks_and_bytes_are_counted():
         ran.clear()
         sampled(network, x, condition, cache)
         assert cache.blocks == len(ran) == expected
+        assert cache.cur == 1 - expected / (STEPS * 5)
     for hook in hooks:
         hook.remove()
     state = 4 * 18 * 32 * 4  # rows, tokens, width, bytes of a number

@@ -13,11 +13,13 @@ import torch
 import command
 import metrics
 import models
+import pictures
 import router as routers
 import train_stepwise
 from cache import Cache
 from experiments import paper_table, table_figures, table_files, train_direct, train_ltc
 from experiments.paper_table import Row
+from tests.small import tiny_uvit
 
 
 def test_the_rows_of_a_table():
@@ -57,6 +59,30 @@ def test_rows_of_equal_arithmetic(table, monkeypatch, capsys):
     assert plain["gflop"] == line["gflop"]
     assert [orders[method] for method in paper_table.EVEN] == [0, 1, 2]
     assert "| even, forecast 1 | 3 |" in capsys.readouterr().out
+
+
+def test_the_rows_of_a_u_vit(tmp_path):
+    """DeepCache and Faster Diffusion beside the rest; evaluations in pairs; one row's numbers."""
+    network = tiny_uvit(in_chans=1)
+    model = models.Model("uvit256", network, "dpm-solver-2s", steps=8, guidance=1.4)
+    rows = paper_table.plan(model, "dpm-solver-2s", 8, [0.25], 1, ["Learning-to-Cache"], [1.5])
+    assert [row.method for row in rows[4:10]] == [*paper_table.HIDDEN, "Learning-to-Cache"]
+    assert [row.steps for row in rows] == [8, 6, *[8] * 8, 6, *[8] * 4]
+    full = model.flops(8, guidance=1.4)
+    for row in rows[4:9]:
+        cache, computed, training = paper_table.cache_of(row, model, None, None)
+        values = paper_table.draw(model, row, 8, cache, 1.4, [0, 1], 0, 2, pictures.to_pixels,
+                                  tmp_path / "images.npz")
+        assert len(computed) == 8 and max(computed) == 10 and training == {}
+        assert 0 < values["cur"] == pytest.approx(1 - sum(computed) / 80)
+        assert values["gflop"] < full / 1e9 and values["cache_mb"] > 0
+
+
+def test_the_papers_u_vit_stands_beside_ours():
+    words = paper_table.paper_figures("uvit256", "dpm-solver-2s")
+    assert "FID 2.70" in words({"method": "DeepCache, m = 2", "steps": 20})
+    assert "FID 2.61" in words({"method": "HarmoniCa", "steps": 20})
+    assert words({"method": "DeepCache, m = 1", "steps": 20}) == ""
 
 
 def test_fora_has_its_two_curs():
@@ -330,7 +356,8 @@ def test_figures_need_matplotlib_and_say_so(table, capsys, monkeypatch):
 
 
 def test_every_method_has_a_look():
-    methods = {*paper_table.FIXED, "random", *paper_table.TRAINED, *paper_table.AT_SPEEDUPS}
+    methods = {*paper_table.FIXED, "random", *paper_table.TRAINED, *paper_table.AT_SPEEDUPS,
+               *paper_table.HIDDEN}
     assert set(table_figures.LOOKS) == methods
 
 
