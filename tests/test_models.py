@@ -21,6 +21,7 @@ import models
 import pixart
 import router as routers
 import text
+import uvit
 import vae
 from cache import Cache
 from samplers import DDIM, Noise, denoise
@@ -542,6 +543,22 @@ def test_only_a_gpu_computes_in_tf32():
     assert torch.get_float32_matmul_precision() == before
     models.choose_kernels("cuda:1")
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_u_vit_is_loaded_from_a_file_and_says_so_without(tmp_path, monkeypatch):
+    tiny = tiny_uvit()
+    torch.save(tiny.state_dict(), tmp_path / "huge.pth")
+    sizes = dict(img_size=8, patch_size=2, in_chans=2, embed_dim=32, depth=4, num_heads=2,
+                 num_classes=6, conv=True)
+    monkeypatch.setitem(models.NETWORKS, "uvit512", (uvit.UViT, sizes))
+    model = models.load("uvit512", tmp_path / "huge.pth", "cpu")
+    assert (model.sampler, model.steps, model.guidance) == ("dpm-solver-2s", 20, 1.7)
+    assert model.autoencoder == "stabilityai/sd-vae-ft-ema" and model.scale == 0.18215
+    x, condition = torch.randn(1, 2, 8, 8), model.condition([3])
+    assert torch.equal(model.network(x, torch.ones(1), condition[0][:1]),
+                       tiny(x, torch.ones(1), torch.tensor([3])))
+    with pytest.raises(FileNotFoundError, match="imagenet512_uvit_huge.pth by hand"):
+        models.load("uvit512")
 
 
 def test_compiled_branches_need_one_graph_of_each_kind_whatever_the_schedule():
