@@ -26,7 +26,7 @@ import vae
 from cache import Cache
 from samplers import DDIM, Noise, denoise
 
-from .small import tiny_dit, tiny_model
+from .small import tiny_dit, tiny_model, tiny_uvit
 
 TINY = dict(hidden_size=32, depth=2, num_heads=2, patch_size=8)  # in place of XL/2's sizes
 
