@@ -550,7 +550,7 @@ def test_a_u_vit_is_loaded_from_a_file_and_says_so_without(tmp_path, monkeypatch
     torch.save(tiny.state_dict(), tmp_path / "huge.pth")
     sizes = dict(img_size=8, patch_size=2, in_chans=2, embed_dim=32, depth=4, num_heads=2,
                  num_classes=6, conv=True)
-    monkeypatch.setitem(models.NETWORKS, "uvit512", (uvit.UViT, sizes))
+    monkeypatch.setitem(uvit.SIZES, "H/4", sizes)
     model = models.load("uvit512", tmp_path / "huge.pth", "cpu")
     assert (model.sampler, model.steps, model.guidance) == ("dpm-solver-2s", 20, 1.7)
     assert model.autoencoder == "stabilityai/sd-vae-ft-ema" and model.scale == 0.18215
