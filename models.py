@@ -227,12 +227,12 @@ MODELS = {  # name: weights -> Model
     **{name: partial(official_pixart, name=name) for name in PIXART},
 }
 
-NETWORKS = {  # name: (class, its arguments)
-    "digits": (dit.DiT, dit.SIZES["digits"]),
-    "emoji": (pixart.PixArt, pixart.SIZES["emoji"]),
-    "dit256": (dit.DiT, dit.SIZES["XL/2"] | {"input_size": 32}),
-    "dit512": (dit.DiT, dit.SIZES["XL/2"] | {"input_size": 64}),
-    **{name: (pixart.PixArt, pixart.SIZES[size]) for name, (size, _) in PIXART.items()},
+NETWORKS = {  # name: (class, sizes by name, the name there, what differs)
+    "digits": (dit.DiT, dit.SIZES, "digits", {}),
+    "emoji": (pixart.PixArt, pixart.SIZES, "emoji", {}),
+    "dit256": (dit.DiT, dit.SIZES, "XL/2", {"input_size": 32}),
+    "dit512": (dit.DiT, dit.SIZES, "XL/2", {"input_size": 64}),
+    **{name: (pixart.PixArt, pixart.SIZES, size, {}) for name, (size, _) in PIXART.items()},
 }
 
 
@@ -240,9 +240,9 @@ def bare_network(name):
     """The network of a model, without memory for its weights (2.7 GB for DiT-XL/2).
     Raises ValueError for an unknown name."""
     check_name(name)
-    make, sizes = NETWORKS[name]
+    make, sizes, size, changes = NETWORKS[name]
     with torch.device("meta"):
-        return make(**sizes)
+        return make(**sizes[size] | changes)
 
 
 def check_name(name):
