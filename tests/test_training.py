@@ -436,17 +436,16 @@ def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, tiny_run):
         train_stepwise.train(tiny_model(), tiny_settings(iterations=20), out, resume=True)
 
 
-@pytest.mark.parametrize("target", (0.2, 0.5))
-def test_with_a_target_cur_too_a_longer_run_goes_on_to_the_same_bits(tmp_path, target):
+def test_with_a_target_cur_too_a_longer_run_goes_on_to_the_same_bits(tmp_path):
     """What the search does depends on the trajectories before, not on how many are planned: also
     where a run stopped late, because the CUR was not there yet."""
     def train(name, iterations, **more):
-        settings = tiny_settings(target_cur=target, lr=1.0, iterations=iterations)
+        settings = tiny_settings(target_cur=0.5, lr=1.0, iterations=iterations)
         return train_stepwise.train(tiny_model(), settings, tmp_path / name, **more)["iterations"]
 
-    ends = [train("steps", 4), train("steps", 16, resume=True), train("steps", 48, resume=True)]
-    assert train("whole", 48) == ends[-1]
-    assert ends == sorted(set(ends)) and ends[0] >= 4
+    ends = [train("steps", 4), train("steps", 12, resume=True), train("steps", 24, resume=True)]
+    assert train("whole", 24) == ends[-1]
+    assert ends == sorted(set(ends)) and ends[0] > 4  # the first stopped late
     assert_same_run(tmp_path / "steps", tmp_path / "whole")
     assert results_of(tmp_path / "steps") == results_of(tmp_path / "whole")
 
