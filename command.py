@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import ctypes
 import io
+import json
 import math
 import os
 import re
@@ -131,6 +132,18 @@ def load_state(path):
         raise ValueError(f"{path} is not a whole state file: {reason}") from error
 
 
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def keep_lines(path, count):
+    """Cuts a file down to its first `count` lines; makes it if there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines[:count]))
+
+
 def save_image(path, image):
     """Writes a Pillow image."""
     with replacing(path) as temporary:
@@ -215,8 +228,8 @@ def keep_freed_memory():
 def run(main, several=False):
     """Runs a command. A user's mistake (ValueError, OSError), a lack of memory, and what torch
     cannot do on Apple's GPUs end in one line and exit code 2. A warning is one line. An
-    interruption ends with the shell's own code, 130. `several`: whether processes of torchrun may
-    share the work."""
+    interruption ends in one, too, which says how to go on if the KeyboardInterrupt does, and with
+    the shell's own code, 130. `several`: whether processes of torchrun may share the work."""
     keep_freed_memory()
     if "startup" in sys.modules:  # from here on Ctrl-C is a KeyboardInterrupt again
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -250,9 +263,10 @@ def run(main, several=False):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             end(f"torch.compile fails here: leave --compile out ({one_line(error)[:200]})")
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if rank() == 0:
-            print("interrupted", file=sys.stderr)
+            print(one_line(f"interrupted: {error}" if str(error) else "interrupted"),
+                  file=sys.stderr)
         sys.exit(130)
 
 
@@ -345,19 +359,23 @@ def add_compile_flag(parser):
                         help="torch.compile the branches: slow at first, meant for long work")
 
 
-def add_model_flags(parser):
-    """The flags that sampling and training share. What is None comes from the model's defaults."""
+def add_model_flags(parser, steps=20):
+    """The flags that sampling and training share. What is None comes from the model's defaults;
+    `steps` is every model's T, for the help."""
     parser.add_argument("--model", default="digits",
                         help="digits (default), emoji, dit256, dit512, pixart256, pixart512, "
                              "pixart1024, sigma256, sigma512, sigma1024, sigma2048, uvit256 or "
                              "uvit512")
     parser.add_argument("--weights", type=place,
                         help="the network's weights, if not the usual: a file or a folder")
-    parser.add_argument("--steps", type=int, help="T, denoising steps, 2 to 1000")
+    parser.add_argument("--steps", type=int, help=f"T, denoising steps, 2 to 1000 ({steps})")
     parser.add_argument("--sampler", type=name,
-                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or "
-                             "sa-solver; for U-ViT dpm-solver-2s or dpm-solver-3s")
-    parser.add_argument("--guidance", type=finite, help="guidance scale; 1 is no guidance")
+                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver "
+                             "(digits, dit: ddim; emoji, pixart, sigma: dpm-solver++); for U-ViT "
+                             "dpm-solver-2s, its default, or dpm-solver-3s")
+    parser.add_argument("--guidance", type=finite,
+                        help="guidance scale; 1 is no guidance (digits: 2.5; emoji: 2; dit: 1.5; "
+                             "pixart, sigma: 4.5; uvit256: 1.4; uvit512: 1.7)")
     parser.add_argument("--seed", type=seed, default=0, help="0 or more (default: 0)")
     add_device_flag(parser)
     parser.add_argument("--dtype", type=name,

@@ -33,6 +33,9 @@ CAPTIONS = Path("runs/captions.safetensors")  # where T5's features are kept
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 
+NONE = object()  # in the place of weights: none are read
+
+
 @dataclasses.dataclass
 class Model:
     """A network, frozen and in eval mode, and what it is used with."""
@@ -174,8 +177,7 @@ def digits(weights):
     """This project's small DiT on the 28 x 28 pixels of handwritten digits, trained by
     experiments/pretrain.py."""
     network = dit.DiT(**dit.SIZES["digits"])
-    weights = weights or SHIPPED / "digits_dit.safetensors"
-    network.load_state_dict(dit.read_weights(weights, network))
+    fill(network, dit.read_weights, weights, lambda: SHIPPED / "digits_dit.safetensors")
     router = SHIPPED / "digits_router.safetensors"
     return Model("digits", network, "ddim", steps=20, guidance=2.5, router=router)
 
@@ -184,8 +186,7 @@ def emoji(weights):
     """This project's small PixArt on the 32 x 32 pixels of emoji, which it has memorised, trained
     by experiments/pretrain.py. Its prompts are hashed words."""
     network = pixart.PixArt(**pixart.SIZES["emoji"])
-    weights = weights or SHIPPED / "emoji_pixart.safetensors"
-    network.load_state_dict(pixart.read_weights(weights, network))
+    fill(network, pixart.read_weights, weights, lambda: SHIPPED / "emoji_pixart.safetensors")
     router = SHIPPED / "emoji_router.safetensors"
     return Model("emoji", network, "dpm-solver++", steps=20, guidance=2.0, text="hashed",
                  router=router)
@@ -194,8 +195,8 @@ def emoji(weights):
 def official_dit(weights, size):
     """The official DiT-XL/2 on the latents of `size` x `size` ImageNet pictures."""
     network = bare_network(f"dit{size}")
-    weights = weights or command.download(f"{OFFICIAL_DIT}DiT-XL-2-{size}x{size}.pt")
-    network.load_state_dict(dit.read_weights(weights, network), assign=True)
+    fill(network, dit.read_weights, weights,
+         lambda: command.download(f"{OFFICIAL_DIT}DiT-XL-2-{size}x{size}.pt"))
     return Model(f"dit{size}", network, "ddim", steps=20, guidance=1.5,
                  autoencoder="stabilityai/sd-vae-ft-ema", scale=0.18215)
 
@@ -206,8 +207,7 @@ def official_pixart(weights, name):
     alpha = size.startswith("alpha")
     network = bare_network(name)
     repository = "PixArt-alpha/PixArt-alpha" if alpha else "PixArt-alpha/PixArt-Sigma"
-    weights = weights or hugging_face(repository, file)
-    network.load_state_dict(pixart.read_weights(weights, network), assign=True)
+    fill(network, pixart.read_weights, weights, lambda: hugging_face(repository, file))
     vae_name = "stabilityai/sd-vae-ft-ema" if alpha else "stabilityai/sdxl-vae"
     return Model(name, network, "dpm-solver++", steps=20, guidance=4.5, text="t5",
                  autoencoder=vae_name, scale=0.18215 if alpha else 0.13025, clean=alpha)
@@ -218,11 +218,13 @@ def official_uvit(weights, size):
     guidance as cond + s (cond - null): the published s of 0.4 (0.7 at 512) is 1.4 (1.7) here."""
     name = f"uvit{size}"
     network = bare_network(name)
-    if weights is None:
+
+    def usual():
         raise FileNotFoundError(f"{name} has no address for a program: fetch imagenet{size}_uvit_"
                                 "huge.pth by hand, from the link in the README of "
                                 "https://github.com/baofff/U-ViT, and name it by --weights")
-    network.load_state_dict(uvit.read_weights(weights, network), assign=True)
+
+    fill(network, uvit.read_weights, weights, usual)
     return Model(name, network, "dpm-solver-2s", steps=20, guidance=1.4 if size == 256 else 1.7,
                  autoencoder="stabilityai/sd-vae-ft-ema", scale=0.18215)
 
@@ -279,6 +281,14 @@ def make_sampler(name, sampler, steps):
     return samplers.make_sampler(sampler, steps)
 
 
+def fill(network, read_weights, weights, usual):
+    """Reads weights into a network: from the file or folder `weights`; if that is None, from the
+    one that `usual` finds or downloads; if it is NONE, not at all."""
+    if weights is not NONE:
+        bare = next(network.parameters()).is_meta  # it has no memory of its own
+        network.load_state_dict(read_weights(weights or usual(), network), assign=bare)
+
+
 def check_name(name):
     """Raises ValueError for a name that is no model's."""
     if name not in MODELS:
@@ -289,6 +299,24 @@ def check_name(name):
 # Loading
 
 
+def outline(name, dtype=None, raw_captions=False):
+    """A model without weights: all that can be said of it, and checked, before they are there.
+    Raises ValueError for an unknown name or dtype, or raw captions for a model that T5 does not
+    read for."""
+    return make(name, NONE, dtype, raw_captions)
+
+
+def make(name, weights, dtype, raw_captions):
+    """What `outline` and `load` share."""
+    check_name(name)
+    if raw_captions and name not in PIXART:
+        raise ValueError(f"--raw-captions is for models that read captions by T5, not for {name}")
+    dtype_name(dtype)
+    model = MODELS[name](weights)
+    model.clean = model.clean and not raw_captions
+    return model
+
+
 def load(name, weights=None, device=None, dtype=None, raw_captions=False):
     """A model by name. `weights` is a file to use in place of the usual one, or a folder in the
     layout of diffusers; of a whole pipeline its autoencoder and text encoder are used too, if they
@@ -296,18 +324,14 @@ def load(name, weights=None, device=None, dtype=None, raw_captions=False):
     reads captions as they are; for PixArt-alpha they are cleaned otherwise, as in the official
     code.
 
-    Raises ValueError for an unknown name, device or dtype, raw captions for a model that T5 does
-    not read for, or weights that do not fit;
+    Raises ValueError as `outline` does, and for an unknown device or weights that do not fit;
     FileNotFoundError or ConnectionError, which say what to do, if there are no weights.
     """
-    check_name(name)
-    if raw_captions and name not in PIXART:
-        raise ValueError(f"--raw-captions is for models that read captions by T5, not for {name}")
-    dtype, device = dtype_name(dtype), find_device(device)  # before a download
-    model = MODELS[name](weights)
-    model.clean, model.folder = model.clean and not raw_captions, layout.pipeline(weights)
+    device = find_device(device)  # before a download
+    model = make(name, weights, dtype, raw_captions)
+    model.folder = layout.pipeline(weights)
     # Frozen: only routers are trained here, and autograd then keeps fewer tensors for them.
-    model.network.eval().requires_grad_(False).to(getattr(torch, dtype))
+    model.network.eval().requires_grad_(False).to(getattr(torch, dtype_name(dtype)))
     return model.to(device)
 
 

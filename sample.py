@@ -1,6 +1,7 @@
 """From noise to pictures: the command.
 
     python sample.py                                  # digits with the shipped router
+    python sample.py --measure                        # and what the cache wins and costs
     python sample.py --compare --out compare.png      # full and cached from the same noise
     python sample.py --schedule fora:2 --labels 0,1,2 --num-samples 30
     python sample.py --model pixart256 --prompt "a red apple" --prompt "a dog"
@@ -28,12 +29,14 @@ import torch
 
 import command
 import distributed
+import layout
 import models
 import pictures
 import router
 import shipped
 from cache import Cache
 from samplers import Noise, denoise, sampler_name, walk
+from text import check as check_prompt
 
 # ------------------------------------------------------------------------------------------------
 # What to make
@@ -55,10 +58,12 @@ def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=N
         # The shipped router was trained for the model's own sampler and T, and is for no others.
         if (sampler, steps) != (model.sampler, model.steps) or model.router is None:
             words = f"no router is shipped for {model.name} with {sampler}, T = {steps}: no cache"
+            known = known_router(model.name, sampler, steps)
+            words += f" (--router {known} is one of the table's)" if known else ""
             return router.none(steps, branches), 0, words
         path = model.router
     file = router.load(path)
-    file.check(model.name, sampler, steps, branches)
+    check_router(file, model, sampler, steps)
     if forecast not in (None, file.forecast):
         raise ValueError(f"{path} was made for --forecast {file.forecast}, not {forecast}")
     tau = file.tau if tau is None else tau
@@ -67,6 +72,27 @@ def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=N
     if float(file.about["guidance"]) != guidance:
         words += f", trained at guidance {file.about['guidance']}"
     return file.schedule(tau), file.forecast, words
+
+
+def check_router(file, model, sampler, steps):
+    """Raises ValueError, which says the flags that fit it, if a router is not for these."""
+    T, branches = len(file.logits), len(model.network.branches)
+    try:
+        file.check(model.name, sampler, steps, branches)
+    except ValueError as error:
+        flags = [f"--model {file.about['model']}"] if file.about["model"] != model.name else []
+        own = sampler_name(file.about["sampler"])
+        flags += [f"--sampler {own}"] if own != sampler else []
+        flags += [f"--steps {T}"] if steps != T else []
+        raise ValueError(f"{error}: use {' '.join(flags)}" if flags else str(error)) from error
+
+
+def known_router(name, sampler, steps):
+    """A router of checkpoints/table for a model by name, the first of HarmoniCa's; or None."""
+    for path in sorted(models.SHIPPED.glob(f"table/{name}-*-{steps}-harmonica-*.safetensors")):
+        if sampler_name(router.load(path).about["sampler"]) == sampler:
+            return path
+    return None
 
 
 def choose_labels(text, classes, count, seed):
@@ -162,12 +188,19 @@ def missing(folder, settings, items):
     return {j for j in range(len(items)) if not (folder / f"{j:06d}.png").exists()}
 
 
+def check_autoencoder(model, vae=None, latents=False):
+    """Raises ValueError for a model without one, FileNotFoundError if its file is not there."""
+    if not model.autoencoder and (vae or latents):
+        raise ValueError(f"{model.name} makes pixels: --vae and --latents are for latents")
+    if vae and not layout.find(vae, "vae").exists():
+        raise FileNotFoundError(f"no weights at {vae}")
+
+
 def make_decoder(model, vae=None, latents=False):
     """What turns x_0 (B, C, H, W) into what is written: uint8 (B, H, W, 3), or latents. `vae` is
     the autoencoder's file, if not the usual one."""
+    check_autoencoder(model, vae, latents)
     if not model.autoencoder:
-        if vae or latents:
-            raise ValueError(f"{model.name} makes pixels: --vae and --latents are for latents")
         return pictures.to_pixels
     if latents:
         return lambda x: x.cpu().numpy()
@@ -231,8 +264,8 @@ def generate(model, sampler, guidance, items, seed, batch_size, cache=None, miss
 
 @dataclasses.dataclass
 class Totals:
-    """Seconds and error of the timed images. With a cache they are made twice: `seconds` is with
-    it, `full_seconds` without. Without a cache only `seconds` is filled in."""
+    """Seconds and error of the timed images. Those that were also made without the cache have
+    `full_seconds` and an error; then no others are timed."""
 
     images: int = 0
     seconds: float = 0.0
@@ -240,6 +273,8 @@ class Totals:
     squared_error: float = 0.0  # between the two ways, summed over the images
 
     def add(self, batch):
+        if batch.full is None and self.full_seconds:
+            return  # on another batch the cache may win more or less
         self.images += len(batch.x)
         self.seconds += batch.seconds
         self.full_seconds += batch.full_seconds
@@ -268,16 +303,20 @@ def report(model, steps, guidance, cache, totals):
         return
     cached_gflop = counted_flops(model, cache, guidance) / 1e9
     full_seconds = totals.full_seconds / totals.images
+    both = (f"{full_seconds:10.4f}  {seconds:10.4f}   {full_seconds / seconds:.2f} x faster"
+            if full_seconds else f"{'-':>10}  {seconds:10.4f}")
     print(f"                     no cache      cached\n"
-          f"seconds per image  {full_seconds:10.4f}  {seconds:10.4f}   "
-          f"{full_seconds / seconds:.2f} x faster\n"
+          f"seconds per image  {both}\n"
           f"GFLOP per image    {gflop:10.3f}  {cached_gflop:10.3f}   "
           f"{gflop / cached_gflop:.2f} x by arithmetic, "
           f"{100 * (1 - cached_gflop / gflop):.1f} % saved\n"
           f"CUR counted        {0:8.1f} %  {100 * cache.cur:8.1f} %\n"
-          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB\n"
-          f"mean squared error to the uncached {'latent' if model.autoencoder else 'image'}: "
-          f"{totals.squared_error / totals.images:.2e} ({totals.images} images)")
+          f"cache at its peak  {0:7.2f} MB  {cache.peak_bytes / 1e6:7.2f} MB")
+    if full_seconds:
+        print(f"mean squared error to the uncached {'latent' if model.autoencoder else 'image'}: "
+              f"{totals.squared_error / totals.images:.2e} ({totals.images} images)")
+    else:
+        print("--measure adds the error and the real speed-up: it makes the first batch twice")
 
 
 def comparison(full, cached, totals, cache):
@@ -321,13 +360,17 @@ def read_flags():
     parser.add_argument("--width", type=int, help="of the pictures, in pixels (as in training)")
     parser.add_argument("--num-samples", type=int, help="images (20, or one for each prompt given)")
     parser.add_argument("--batch-size", type=int, default=20, help="images at once (20)")
-    parser.add_argument("--compare", action="store_true", help="draw full, cached, difference")
+    parser.add_argument("--measure", action="store_true",
+                        help="make the first batch without the cache, too: error and real speed-up")
+    parser.add_argument("--compare", action="store_true",
+                        help="draw full, cached, difference; measures them all")
     parser.add_argument("--vae", type=command.place,
                         help="the autoencoder's weights, if not the usual file or folder")
     parser.add_argument("--latents", action="store_true", help="write latents, not pictures")
     parser.add_argument("--out", type=command.path,
-                        help=".png (grid), .npz (ADM style) or a folder, which is filled image by "
-                             "image: the same command goes on where it was interrupted")
+                        help=".png (grid; default: samples.png), .npz (ADM style) or a folder, "
+                             "which is filled image by image: the same command goes on where it "
+                             "was interrupted")
     args = parser.parse_args()
     count = 1 if args.num_samples is None else args.num_samples
     if min(args.batch_size, count) < 1 or count > MOST:
@@ -346,8 +389,7 @@ def write_all(batches, out, decode, items, settings, model, cache, compare):
             stack.enter_context(command.locked(out))
         distributed.wait()  # nobody writes before the folder is this run's
         for n, batch in enumerate(batches):
-            if cache is None or batch.full is not None:
-                totals.add(batch)
+            totals.add(batch)
             images = decode(batch.x)
             if out.suffix == ".npz":
                 append(images)
@@ -369,39 +411,73 @@ def write_all(batches, out, decode, items, settings, model, cache, compare):
         pictures.write(out, np.concatenate(kept), titles=items if model.text else None)
 
 
-def main():
-    args = read_flags()
-    device = distributed.join(models.find_device(args.device))
+@dataclasses.dataclass
+class Plan:
+    """What the flags ask for, in full."""
+
+    out: Path
+    sampler: str
+    steps: int
+    guidance: float
+    schedule: torch.Tensor  # bool (T, K)
+    order: int  # of the forecast
+    source: str  # where the schedule comes from
+    items: list  # labels or prompts
+
+
+def make_plan(args):
+    """Checks what needs no network, in this order, before anything is downloaded: the paths, the
+    model's name and size, the autoencoder, the sampler and T, the router or schedule, what the
+    images show, and whether there is work for every process. -> Plan. Raises ValueError, OSError.
+    """
     out = choose_out(args.out, args.latents, args.compare)
     command.check_not_read(out, args.router, args.prompts, args.weights, args.vae)
-    if args.sampler and args.steps:
-        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
-    with distributed.first_process_first():  # on the CPU: the text encoder needs the device first
-        model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+    model = models.outline(args.model, args.dtype, args.raw_captions)
     model.resize(args.height, args.width)
-    models.choose_kernels(device)
+    check_autoencoder(model, args.vae, args.latents)
     name = sampler_name(args.sampler or model.sampler)
     steps = model.steps if args.steps is None else args.steps
     guidance = model.guidance if args.guidance is None else args.guidance
-    sampler = models.make_sampler(model.name, name, steps)
+    models.make_sampler(model.name, name, steps)
     schedule, order, source = choose_schedule(model, name, steps, guidance, args.router,
                                               args.schedule, args.tau, args.seed, args.forecast)
     items = choose_items(model, args.labels, read_prompts(args.prompt, args.prompts),
                          args.num_samples, args.seed)
+    for item in items if model.text else ():
+        check_prompt(item)
     distributed.check_enough(math.ceil(len(items) / args.batch_size),
                              "batches of images: use a smaller --batch-size")
+    return Plan(out, name, steps, guidance, schedule, order, source, items)
+
+
+def settings_of(args, plan, model):
+    """All that images depend on beside what they show and their number: a dict, noted in a
+    folder of images."""
     settings = {
-        "model": args.model, "weights": args.weights, "sampler": name, "steps": steps,
-        "guidance": guidance, "schedule": schedule.int().tolist(), "seed": args.seed,
+        "model": args.model, "weights": args.weights, "sampler": plan.sampler,
+        "steps": plan.steps, "guidance": plan.guidance,
+        "schedule": plan.schedule.int().tolist(), "seed": args.seed,
         "dtype": models.dtype_name(args.dtype), "pixels": model.pixels, "vae": args.vae,
         "contents": model.fingerprint(),  # a file may be replaced under the same name
     }
-    if order:
-        settings["forecast"] = order
+    if plan.order:
+        settings["forecast"] = plan.order
     if args.compile:
         settings["compile"] = True
     if model.text == "t5":
         settings["clean_captions"] = model.clean
+    return settings
+
+
+def main():
+    args = read_flags()
+    device = distributed.join(models.find_device(args.device))
+    plan = make_plan(args)
+    with distributed.first_process_first():  # on the CPU: the text encoder needs the device first
+        model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+    model.resize(args.height, args.width)
+    models.choose_kernels(device)
+    settings, out, items = settings_of(args, plan, model), plan.out, plan.items
     needed = None if out.suffix else missing(out, settings, items)
     if needed == set():
         print(f"{out} holds all {len(items)} images")
@@ -413,13 +489,15 @@ def main():
         models.compile_branches(model.network)
     with distributed.first_process_first():
         decode = make_decoder(model, args.vae, args.latents)
-    print(f"{model.name}, {name}, T = {steps}, guidance {guidance:g}, seed {args.seed}, "
-          f"{model.device}\n{source}, CUR {100 * router.cur(schedule):.1f} %")
+    print(f"{model.name}, {plan.sampler}, T = {plan.steps}, guidance {plan.guidance:g}, seed "
+          f"{args.seed}, {model.device}\n"
+          f"{plan.source}, CUR {100 * router.cur(plan.schedule):.1f} %")
 
-    # One batch made twice is enough for time and error. Without reuse there is nothing to compare.
-    twice = math.inf if args.compare else 0 if schedule.all() else 1
-    cache = Cache(schedule, order) if twice else None
-    batches = generate(model, sampler, guidance, items, args.seed, args.batch_size, cache,
+    # One batch made twice is enough for time and error.
+    twice = math.inf if args.compare else 1 if args.measure else 0
+    cache = None if plan.schedule.all() and not twice else Cache(plan.schedule, plan.order)
+    sampler = models.make_sampler(model.name, plan.sampler, plan.steps)
+    batches = generate(model, sampler, plan.guidance, items, args.seed, args.batch_size, cache,
                        needed, twice if distributed.rank() == 0 else 0)
     write_all(batches, out, decode, items, settings, model, cache, args.compare)
     print(f"wrote {out}")

@@ -24,7 +24,6 @@ Notation: B images, T denoising steps, K cacheable branches.
 if __name__ == "__main__":
     import startup  # noqa: F401, before the slow imports
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -172,7 +171,7 @@ def train(model, settings, out, resume=False, prompts=None):
 def read_flags():
     parser = command.Parser(__doc__)
     command.add_model_flags(parser)
-    training.add_flags(parser, "runs/MODEL")
+    training.add_flags(parser, "runs/MODEL", training.USUAL)
     training.add_start_flag(parser)
     parser.add_argument("--objective", choices=["iepo", "sensitivity", "ltc"], default="iepo",
                         help="the weight of a step's error: lambda, lambda / MSE, or 1 (iepo)")
@@ -180,7 +179,8 @@ def read_flags():
     parser.add_argument("--proxy", choices=["leave-one-out", "cumulative"], default="leave-one-out",
                         help="the paper's lambda (default), or the official code's, to which the "
                              "published betas belong")
-    parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda")
+    parser.add_argument("--lambda-every", type=int, help="iterations between measures of lambda "
+                        f"({training.in_words(training.USUAL, 'lambda_every')})")
     parser.add_argument("--prompts", type=command.name,
                         help="a file of prompts, one a line, for a text model")
     command.add_captions_flag(parser)
@@ -190,31 +190,28 @@ def read_flags():
 
 def main():
     args = read_flags()
-    defaults = training.defaults_of(args.model, args.objective, args.steps)
-    settings = training.settings_of(args, defaults)
     device = distributed.join(models.find_device(args.device))
-    if args.sampler and args.steps:
-        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
-    with distributed.first_process_first():
-        model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+    # What needs no network is checked first: numbers, what fits the model, prompts, the run folder.
+    settings = training.settings_of(args, training.defaults_of(args.model, args.objective,
+                                                               args.steps))
+    model = models.outline(args.model, args.dtype, args.raw_captions)
+    settings, out = training.completed(settings, model), args.out or Path("runs") / args.model
     if args.prompts and model.text is None:
         raise ValueError(f"{args.model} takes labels, not prompts: leave --prompts out")
     prompts = shipped.read_prompts(args.prompts) if args.prompts else model.prompts()
-    models.choose_kernels(device)
-    with distributed.first_process_first():
-        model.prepare(prompts or (), device)  # the text encoder is gone before the network comes
-    model.to(device)
-    if args.compile:
-        models.compile_branches(model.network)
-    settings["raw_captions"] = model.text == "t5" and not model.clean  # also if it never cleans
-    for key in ("sampler", "steps", "guidance"):
-        settings[key] = getattr(model, key) if settings[key] is None else settings[key]
-    out = args.out or Path("runs") / args.model
-    print(f"{args.model} on {model.device}: {settings['objective']}, beta {settings['beta']:g}, "
-          f"{settings['sampler']}, T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    for note in training.notes(settings):
-        print(note)
-    with command.locked(out) if distributed.rank() == 0 else contextlib.nullcontext():
+    with training.run_folder(out):
+        training.find_state(out, settings, args.resume)
+        with distributed.first_process_first():
+            model = models.load(args.model, args.weights, "cpu", args.dtype, args.raw_captions)
+        models.choose_kernels(device)
+        with distributed.first_process_first():
+            model.prepare(prompts or (), device)  # T5 is gone again before the network comes
+        model.to(device)
+        if args.compile:
+            models.compile_branches(model.network)
+        print(f"{args.model} on {model.device}: {settings['objective']}, beta "
+              f"{settings['beta']:g}, {settings['sampler']}, T = {settings['steps']}, seed "
+              f"{settings['seed']} -> {out}", *training.notes(settings), sep="\n")
         training.report(train(model, settings, out, args.resume, prompts), settings, out)
 
 

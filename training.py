@@ -7,13 +7,15 @@ state and results, resuming, and the search for beta. Each trainer keeps its own
         run.record(losses, errors)
     results = run.finish()
 
-The folder `out` gets settings.json, log.jsonl (a line per trajectory) and state.pt, then
-router.safetensors, router.png, lambda.png and results.json. The state is saved between trajectories
-only, so it holds no latent and no cache. A resumed run ends with bitwise the same router.
+After each trajectory the folder `out` gets a line in log.jsonl, state.pt, and the router as it is
+then, router.safetensors; once a minute and at the end router.png and lambda.png; at the end
+results.json. The state is saved between trajectories only, so it holds no latent and no cache. A
+resumed run ends with bitwise the same router, and so does one that goes on to more iterations.
 
 Notation: T denoising steps, K cacheable branches, CUR the cache utilisation ratio.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -63,6 +65,11 @@ PUBLISHED = dict(lr=0.01, iterations=20000, lambda_every=500, batch_size=32, mic
 PUBLISHED_BETAS = dict(iepo=4e-8, ltc=5e-6, sensitivity=None)
 
 
+USUAL = {"digits": {**SMALL, "beta": BETAS["digits"]["iepo"]},  # for --help
+         "emoji": {**SMALL, "beta": BETAS["emoji"]["iepo"]},
+         "official": {**PUBLISHED, "beta": PUBLISHED_BETAS["iepo"]}}
+
+
 def defaults_of(name, objective, steps):
     """SDT's settings for a model, by name, at T = `steps` (None: its own T)."""
     if name in BETAS:
@@ -91,6 +98,16 @@ def settings_of(args, defaults):
     if settings["micro_batch"] is None:  # the whole batch at once
         settings["micro_batch"] = settings["batch_size"]
     check(settings)
+    return settings
+
+
+def completed(settings, model):
+    """Settings, completed by what a model or its outline brings, and checked. Raises ValueError."""
+    settings = {**settings, "raw_captions": model.text == "t5" and not model.clean}
+    for key in ("sampler", "steps", "guidance"):
+        settings[key] = getattr(model, key) if settings[key] is None else settings[key]
+    models.make_sampler(model.name, settings["sampler"], settings["steps"])
+    first_router(model, settings)
     return settings
 
 
@@ -231,21 +248,27 @@ class Run:
                                  settings["lr"])
         self.lambda_, self.news = [1.0] * settings["steps"], {}
         self.done, self.curs, self.seconds = 0, [], 0.0
+        self.first_cur, self.drawn = routers.cur(self._schedule()), time.monotonic()
         self.contents = {"weights": model.fingerprint(),
                          "prompts or images": hashlib.sha256(repr(data).encode()).hexdigest()}
-        state = find_state(self.out, settings, self.contents, resume)
+        for name in FILES:
+            command.check_writable(self.out / name)  # found out now, not after a trajectory
+        state = find_state(self.out, settings, resume, self.contents)
         if state:
             self._load(state)
         self.first = self.done
         if distributed.rank() == 0:
-            write_json(self.out / "settings.json", settings)
+            command.write_json(self.out / "settings.json", settings)
             # A run that was killed after its log and before its state has a line too many.
-            keep_lines(self.out / "log.jsonl", self.done)
+            command.keep_lines(self.out / "log.jsonl", self.done)
 
     @property
     def beta(self):
         """The weight of usage in this trajectory's loss."""
         return self.search.beta
+
+    def _schedule(self):
+        return routers.threshold(torch.sigmoid(self.router.logits()), self.settings["tau"])
 
     def measured(self, lambda_):
         """Takes the weights of the steps' errors, list of T, that were measured anew."""
@@ -265,11 +288,10 @@ class Run:
 
     def record(self, losses, errors):
         """Call after a trajectory, with its losses and squared errors, lists of T: moves beta, and
-        saves the log and the state."""
-        beta, logits = self.search.beta, self.router.logits()
-        schedule = routers.threshold(torch.sigmoid(logits), self.settings["tau"])
+        saves the log, the state, and the router as it is now."""
+        beta, schedule = self.search.beta, self._schedule()
         self.curs.append(routers.cur(schedule))
-        self.search.update(logits)
+        self.search.update(self.router.logits())
         self.seconds += time.perf_counter() - self.start
         self.done += 1
         line = {
@@ -284,7 +306,11 @@ class Run:
             # could not be made again.
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            (self.out / "results.json").unlink(missing_ok=True)  # of the run that was shorter
             command.save_state(self.out / "state.pt", self._state())
+            self._save_router()
+            if time.monotonic() - self.drawn >= MINUTE:
+                self._draw()
         self.bar.set_postfix_str(f"loss {line['loss']:.2e}, CUR {100 * self.curs[-1]:.1f} %", False)
         self.bar.update(self.length)
 
@@ -329,15 +355,14 @@ class Run:
             raise ValueError("its numbers do not go together")
 
     def finish(self):
-        """Call after the last trajectory: writes the router and the pictures of it and of lambda.
-        -> a dict of results."""
-        iterations, curs = self.done * self.length, self.curs
-        images = iterations * self.settings["batch_size"]
+        """Call after the last trajectory: writes the results, the router, and the pictures of it
+        and of lambda. -> a dict of results."""
+        images = self.done * self.length * self.settings["batch_size"]
         results = {
-            "cur": curs[-1],
-            "cur_before_last_quarter": curs[len(curs) * 3 // 4 - 1] if len(curs) >= 4 else 0.0,
+            "cur": self.curs[-1], "cur_at_start": self.first_cur,
+            "cur_before_last_quarter": [self.first_cur, *self.curs][self.done * 3 // 4],
             "lr_updates": self.settings["lr"] * self.done,
-            "iterations": iterations,
+            "trajectories": self.done, "iterations": self.done * self.length,
             "beta": self.search.found,
             "seconds": self.seconds,
             "images": images if self.settings["objective"] == "learning-to-cache" else 0,  # real
@@ -346,21 +371,27 @@ class Run:
         if distributed.rank() == 0:
             # A resumed run that was finished keeps its results: this process's memory is not its.
             if self.done > self.first or not (self.out / "results.json").exists():
-                write_json(self.out / "results.json", results)
-            self._save_router(results)
+                command.write_json(self.out / "results.json", results)
+            self._save_router()
+            self._draw()
         return results
 
-    def _save_router(self, results):
-        settings, logits = self.settings, self.router.logits().cpu()
-        about = {**settings, "iterations": results["iterations"], "cur": f"{results['cur']:.4f}",
-                 "beta": results["beta"]}
+    def _save_router(self):
+        """Writes the router as it is now: sampling can use it from the first trajectory on."""
+        settings = self.settings
+        about = {**settings, "iterations": self.done * self.length, "cur": f"{self.curs[-1]:.4f}",
+                 "beta": self.search.found}
         about = {key: value for key, value in about.items() if value or key not in OPTIONAL}
         if settings["objective"] == "ltc":
             about["proxy"] = "none"  # the flag has a default, but this objective measures none
-        routers.save(self.out / "router.safetensors", logits, **about)
+        routers.save(self.out / "router.safetensors", self.router.logits().cpu(), **about)
+
+    def _draw(self):
+        """Draws the router as it is now, and lambda."""
+        settings, self.drawn = self.settings, time.monotonic()
         timesteps = [f"{t:.5g}" for t in self.sampler.timesteps]  # a solver's are fractional
-        picture = pictures.heat_map(torch.sigmoid(logits), settings["tau"], timesteps,
-                                    self.model.network.branches)
+        picture = pictures.heat_map(torch.sigmoid(self.router.logits().cpu()), settings["tau"],
+                                    timesteps, self.model.network.branches)
         command.save_image(self.out / "router.png", picture)
         if settings["objective"] in ("iepo", "sensitivity"):
             weight = "lambda" if settings["objective"] == "iepo" else "lambda / MSE"
@@ -368,13 +399,32 @@ class Run:
             command.save_image(self.out / "lambda.png", picture)
 
 
-def find_state(out, settings, contents, resume):
-    """Makes the run folder, or finds the state in it. -> the state, or None for a new run.
-    Raises ValueError if the folder holds a run and this one does not resume it. More iterations
-    than before are no other settings: the run goes on."""
+# ------------------------------------------------------------------------------------------------
+# The run folder
+
+
+FILES = ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "router.png", "lambda.png",
+         "results.json")
+MINUTE = 60  # seconds from one drawing of the pictures to the next
+
+
+@contextlib.contextmanager
+def run_folder(out):
+    """`with run_folder(out):` no other process trains there. An interruption says how to go on."""
+    with command.locked(out) if distributed.rank() == 0 else contextlib.nullcontext():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if not (Path(out) / "state.pt").exists():
+                raise  # there is nothing to go on with
+            raise KeyboardInterrupt(f"the same command with --resume goes on with {out}") from error
+
+
+def find_state(out, settings, resume, contents=None):
+    """The state in a run folder, or None for a new run. Raises ValueError if the folder holds a run
+    and this one does not resume it; more iterations are no other settings: the run goes on. Without
+    `contents`, which need the weights, those are not compared."""
     state_file = out / "state.pt"
-    for name in ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "results.json"):
-        command.check_writable(out / name)  # found out now, not after the first trajectory
     if not state_file.exists():
         return None
     if not resume:
@@ -387,7 +437,7 @@ def find_state(out, settings, contents, resume):
     ):
         raise ValueError(f"{state_file} is not a state of this trainer, or of another version of "
                          "it: choose another --out")
-    old = named_alike(old)
+    old, settings = named_alike(old), named_alike(settings)
     # Files are compared by what they hold, below, and not by what they are called. A damaged state
     # may hold anything anywhere, also what cannot be compared, so the texts of both are.
     compared = settings.keys() - {"iterations", "weights", "prompts"}
@@ -398,46 +448,44 @@ def find_state(out, settings, contents, resume):
     if not isinstance(old.get("iterations"), int) or settings["iterations"] < old["iterations"]:
         raise ValueError(f"{out} is a run of {old.get('iterations')} iterations: --iterations can "
                          "only be more, and then it goes on")
-    changed = [key for key in contents if repr(known.get(key)) != repr(contents[key])]
+    changed = [key for key in contents or () if repr(known.get(key)) != repr(contents[key])]
     if changed:
         raise ValueError(f"{out} is a run with other {' and other '.join(changed)} in the same "
                          "files: choose another --out")
     return state
 
 
-def keep_lines(path, count):
-    """Cuts a file down to its first `count` lines; makes it if there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    with command.replacing(path) as temporary:
-        temporary.write_text("".join(lines[:count]))
-
-
-def write_json(path, value):
-    with command.replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------
 # The command
 
 
-def add_flags(parser, folder):
-    """The flags of every training of a router; `folder` says where it goes by default."""
+def in_words(defaults, key):
+    """`defaults`, {models: {flag: value}}, for one flag -> words for its help."""
+    words = "; ".join(f"{names}: {values[key]:g}" for names, values in defaults.items())
+    return f"T = 20: {words}" if key in ("beta", "iterations", "lambda_every") else words
+
+
+def add_flags(parser, folder, defaults):
+    """The flags of every training of a router; `folder` says where it goes by default, `defaults`
+    {models: {flag: value}} what they are at T = 20."""
+    words = {key: in_words(defaults, key) for key in ("beta", "lr", "iterations", "batch_size")}
     parser.add_argument("--beta", type=command.finite,
-                        help="weight of the router's usage in the loss")
+                        help=f"weight of the router's usage in the loss ({words['beta']})")
     parser.add_argument("--target-cur", type=command.finite,
                         help="find the beta that leads to this CUR, a share like 0.4; --beta is "
                              "where the search starts")
     parser.add_argument("--tau", type=command.finite, default=0.1,
                         help="reuse at scores <= tau (0.1)")
-    parser.add_argument("--lr", type=command.finite, help="AdamW's learning rate")
+    parser.add_argument("--lr", type=command.finite, help=f"AdamW's learning rate ({words['lr']})")
     parser.add_argument("--iterations", type=int, help="at least so many; one is a batch at one "
-                        "denoising step, and trajectories are finished")
-    parser.add_argument("--batch-size", type=int, help="images or trajectories at once")
+                        f"denoising step, and trajectories are finished ({words['iterations']})")
+    parser.add_argument("--batch-size", type=int,
+                        help=f"images or trajectories at once ({words['batch_size']})")
     parser.add_argument("--micro-batch", type=int,
-                        help="of them, how many in memory at once; same result (default: all)")
+                        help="of them, how many in memory at once (all; official: 8); same result")
     parser.add_argument("--out", type=command.path, help=f"run folder (default: {folder})")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, a finished one to more --iterations")
 
 
 def add_start_flag(parser):
@@ -445,18 +493,37 @@ def add_start_flag(parser):
                         help="a schedule to start from, like fora-paper:2 (default: random logits)")
 
 
+LONG = 8  # lr x updates per row: in a shorter run logits may not have reached the threshold
+
+
+def verdict(results):
+    """What may be said of a run, from how its CUR moved."""
+    if abs(results["cur"] - results["cur_before_last_quarter"]) >= 0.01:
+        return "still moving"
+    if results["lr_updates"] < LONG:
+        return "too early to tell"
+    if abs(results["cur"] - results["cur_at_start"]) < 0.005:
+        return "where it started"
+    return "settled"
+
+
 def report(results, settings, out):
-    """Prints what a run came to, and whether it was long enough."""
-    moved = 100 * (results["cur"] - results["cur_before_last_quarter"])
-    print(f"CUR {100 * results['cur']:.1f} %; it moved by {moved:+.1f} points in the last quarter "
-          + ("(still moving: train longer)" if abs(moved) >= 1 else "(settled)"))
-    if settings["target_cur"] is not None:
-        found = abs(results["cur"] - settings["target_cur"]) < CLOSE
+    """Prints what a run came to, and how to go on with it if it was not long enough."""
+    cur, lr_updates, n = results["cur"], results["lr_updates"], results["trajectories"]
+    target, moved = settings["target_cur"], cur - results["cur_before_last_quarter"]
+    found, long_enough = target is None or abs(cur - target) < CLOSE, lr_updates >= LONG
+    print(f"CUR {100 * cur:.1f} %, at the start {100 * results['cur_at_start']:.1f} %; it moved by "
+          f"{100 * moved:+.1f} points in the last {n - n * 3 // 4} of {n} trajectories "
+          f"({verdict(results)})")
+    if target is not None:
         print(f"beta found: {results['beta']:.3g}"
-              + ("" if found else "; the CUR is not there yet: start from it, by --beta"))
-    print(f"lr x updates per row {results['lr_updates']:g}"
-          + ("" if results["lr_updates"] >= 8 else
-             " (below 8: rows may not have reached the threshold; raise --lr or --iterations)"))
+              + ("" if found else f"; a CUR of {100 * target:g} % is not reached"))
+    print(f"lr x updates per row {lr_updates:g}" + ("" if long_enough else
+          f" (below {LONG}: rows may not have reached the threshold)"))
+    if not long_enough or not found or verdict(results) == "still moving":
+        more = 2 * n if long_enough else max(n + 1, math.ceil(LONG / settings["lr"]))
+        print("to train longer: the same command with --resume --iterations "
+              f"{more * results['iterations'] // n}")
     if results["peak_memory"]:
         print(f"peak memory {results['peak_memory'] / 2**30:.2f} GiB")
     print(f"{results['seconds']:.0f} s; wrote {out}/router.safetensors, router.png and log.jsonl")

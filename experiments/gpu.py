@@ -43,7 +43,6 @@ import dit
 import models
 import pixart
 import router as routers
-import training
 from cache import Cache
 from experiments import gpu_checks
 from experiments.benchmark import (
@@ -143,8 +142,8 @@ class Report:
         for row in rows:
             if row.ok is False:
                 print(f"    {row}", flush=True)
-        training.write_json(self.out, {**self.about, "not_measured": self.not_measured,
-                                       "rows": [dataclasses.asdict(row) for row in self.rows]})
+        command.write_json(self.out, {**self.about, "not_measured": self.not_measured,
+                                      "rows": [dataclasses.asdict(row) for row in self.rows]})
 
     @property
     def failed(self):

@@ -153,7 +153,7 @@ def check_resume(model, batch_size):
             model.network, count[0] // 2
         ):
             train_stepwise.train(model, settings, resumed)
-        if (resumed / "router.safetensors").exists() or not (resumed / "state.pt").exists():
+        if (resumed / "results.json").exists() or not (resumed / "state.pt").exists():
             raise RuntimeError("the training was not interrupted half way")
         train_stepwise.train(model, settings, resumed, resume=True)
         logits = {out: routers.load(out / "router.safetensors").logits

@@ -32,6 +32,7 @@ from experiments.benchmark import SavedBytes
 from samplers import denoise
 from train_stepwise import PROXY, TRAINING, chunks_of, measure_weights, train_trajectory
 
+STEPS = 10  # with twice as many, memory would be twice as much
 DEFAULTS = dict(beta=2e-4, lr=0.1, iterations=2000, batch_size=8)  # at T = 20 a CUR of 45 %
 
 
@@ -157,8 +158,8 @@ def cost(model, settings, rounds=3):
 
 def main():
     parser = command.Parser(__doc__)
-    command.add_model_flags(parser)
-    training.add_flags(parser, "runs/MODEL-direct")
+    command.add_model_flags(parser, STEPS)
+    training.add_flags(parser, "runs/MODEL-direct", {"all": DEFAULTS})
     training.add_start_flag(parser)
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
     args = parser.parse_args()
@@ -168,7 +169,7 @@ def main():
                          "labels")
     models.choose_kernels(model.device)
     measure = vars(args).pop("cost")
-    steps = 10 if args.steps is None else args.steps
+    steps = STEPS if args.steps is None else args.steps
     defaults = training.for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # for every T
     settings = training.settings_of(args, defaults) | {
         "objective": "direct", "proxy": "none", "steps": steps,
@@ -181,7 +182,7 @@ def main():
     out = args.out or Path("runs") / f"{args.model}-direct"
     print(f"{args.model} on {model.device}: direct, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
-    with command.locked(out):
+    with training.run_folder(out):
         training.report(train(model, settings, out, args.resume), settings, out)
 
 

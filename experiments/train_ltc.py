@@ -231,7 +231,7 @@ def main():
                         help="a folder of one folder a class, if not for digits")
     parser.add_argument("--vae", type=command.place,
                         help="the autoencoder's weights, if not the usual file or folder")
-    training.add_flags(parser, "runs/MODEL-ltc")
+    training.add_flags(parser, "runs/MODEL-ltc", {**DEFAULTS, "others": PUBLISHED})
     args = parser.parse_args()
 
     if (args.images is None) != (args.model == "digits"):
@@ -261,7 +261,7 @@ def main():
     print(f"{args.model} on {model.device}: Learning-to-Cache, beta {settings['beta']:g}, "
           f"T = {settings['steps']}, seed {settings['seed']} -> {out}")
     files = [str(file) for known in classes or () for file in known]
-    with command.locked(out):
+    with training.run_folder(out):
         training.report(train(model, settings, out, draw, args.resume, files), settings, out)
 
 

@@ -652,3 +652,27 @@ def test_what_is_in_the_cache_needs_no_network(tmp_path, monkeypatch):
     (folder / "snapshots" / ("0" * 40) / "w.bin").write_bytes(b"weights")
     monkeypatch.setattr(hub, "probe", None)
     assert Path(models.hugging_face("a/b", "w.bin")).read_bytes() == b"weights"
+
+
+# ------------------------------------------------------------------------------------------------
+# What is known before the weights are there
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_an_outline_is_the_model_without_weights(name, monkeypatch):
+    """And `--help` says the defaults that it brings."""
+    for module, attribute in ((command, "download"), (models, "hugging_face")):
+        monkeypatch.setattr(module, attribute, lambda *args: pytest.fail(f"asked for {args}"))
+    for module in (dit, pixart):
+        monkeypatch.setattr(module, "read_weights", lambda *args: pytest.fail(f"read {args}"))
+    model = models.outline(name)
+    assert model.name == name and len(model.network.branches) > 0 and min(model.pixels) > 0
+    parser = command.Parser("")
+    command.add_model_flags(parser)
+    helps = {action.dest: action.help for action in parser._actions}
+    assert helps["steps"].endswith(f"({model.steps})") and name in helps["model"]
+    for key in ("sampler", "guidance"):
+        told = dict(part.split(": ") for part in helps[key].rpartition("(")[2][:-1].split("; "))
+        (value,) = [value for names, value in told.items()
+                    if name.startswith(tuple(names.split(", ")))]
+        assert value == f"{getattr(model, key)}".removesuffix(".0"), key

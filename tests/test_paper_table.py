@@ -235,8 +235,8 @@ def test_a_missing_router_is_trained_by_readers_own_commands(tmp_path, monkeypat
         routers.save(out / "router.safetensors", torch.zeros(4, 16), model="digits", tau=0.1,
                      sampler="ddim", guidance=2.5)
         (out / "results.json").write_text('{"seconds": 1.0, "images": 0, "peak_memory": null}')
-        return dict(cur=0.35, cur_before_last_quarter=0.35, lr_updates=10, beta=1e-6, seconds=1.0,
-                    peak_memory=None)
+        return dict(cur=0.35, cur_before_last_quarter=0.35, cur_at_start=0.0, trajectories=100,
+                    iterations=400, lr_updates=10, beta=1e-6, seconds=1.0, peak_memory=None)
 
     def run(argv, cwd):
         assert argv[1:3] == ["-m", paper_table.TRAINED[method][0]]

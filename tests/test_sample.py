@@ -477,7 +477,10 @@ def test_compare_with_schedule_none_has_no_difference(run, tmp_path):
     assert (difference[:28, 0].reshape(28, IMAGES, 29, 3, 3)[:, :, :28] == 0).all()
 
 
-@pytest.mark.parametrize("flags, count", [((), 2), (("--compare", "--out", "x.png"), 3)])
+@pytest.mark.parametrize("flags, count", [
+    (("--measure",), 2), (("--compare", "--out", "x.png"), 3),
+    (("--compare", "--measure", "--out", "x.png"), 3),
+])
 def test_the_printed_error(run, network, flags, count):
     """It is over the first batch, or with --compare over all images."""
     out = run("--schedule", "random:0.4", *flags)
@@ -514,11 +517,40 @@ def test_the_printed_cur_and_arithmetic_are_those_of_the_schedule(run, network, 
 
 
 def test_the_printed_times_are_consistent(run):
-    out = run("--schedule", "fora:2")
+    out = run("--schedule", "fora:2", "--measure")
     full, cached, speedup = numbers(r"seconds per image +([\d.]+) +([\d.]+) +([\d.]+) x", out)
     assert full > 0
     assert cached > 0
     assert speedup == pytest.approx(full / cached, rel=0.02, abs=0.011)
+
+
+@pytest.mark.parametrize("flags, walks", [
+    ("--schedule fora:2", 2), ("--schedule none", 2), ("--schedule fora:2 --measure", 3),
+    ("--schedule none --measure", 3), ("--schedule fora:2 --compare", 4),
+])
+def test_images_are_made_twice_only_if_that_is_asked_for(run, monkeypatch, flags, walks):
+    """Three images in two batches. What was not measured is not told, but how to measure it."""
+    made, timed_denoise = [], sample.timed_denoise
+    monkeypatch.setattr(sample, "timed_denoise",
+                        lambda *args, **kwargs: made.append(1) or timed_denoise(*args, **kwargs))
+    out = run(*flags.split())
+    assert len(made) == walks
+    measured = walks > 2
+    assert ("x faster" in out) == measured and ("mean squared error" in out) == measured
+    if "fora" in flags:
+        assert "x by arithmetic" in out and "CUR counted" in out
+        assert ("--measure adds the error and the real speed-up" in out) == (not measured)
+
+
+def test_without_a_comparison_every_batch_is_timed():
+    x, totals = torch.zeros(2, 1, 4, 4), sample.Totals()
+    for seconds in (1.0, 2.0):
+        totals.add(sample.Batch([0, 1], x, seconds))
+    assert (totals.images, totals.seconds) == (4, 3.0)
+    totals = sample.Totals()
+    for full, full_seconds in ((x + 1, 5.0), (None, 0.0)):  # --measure: the first one only
+        totals.add(sample.Batch([0, 1], x, 1.0, full, full_seconds))
+    assert totals == sample.Totals(2, 1.0, 5.0, 2.0)
 
 
 def test_the_report_divides_the_seconds_by_the_images(capsys):
@@ -609,7 +641,25 @@ def test_the_shipped_router_is_used_at_the_models_own_settings_only(
     for flags in (("--steps", "19"), ("--steps", "20", "--sampler", "ddpm")):
         out = run(*flags, "--num-samples", "1", "--out", "x.npz")
         assert "no router is shipped for digits with" in out
-        assert "CUR 0.0 %" in out
+        assert "CUR 0.0 %" in out and "--router" not in out
+
+
+def test_a_router_of_the_table_is_offered_by_name(run, tmp_path, monkeypatch):
+    """One of HarmoniCa's, for this sampler and T; and it fits."""
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    (tmp_path / "table").mkdir()
+    for name, about in (("a-3-harmonica-40-0", dict(sampler="ddpm", steps=3)),
+                        ("b-4-harmonica-40-0", dict(sampler="dpm-solver++")),
+                        ("c-4-direct-40-0", dict(sampler="ddpm")),
+                        ("c-4-harmonica-40-0", dict(sampler="ddpm")),
+                        ("c-4-harmonica-55-0", dict(sampler="ddpm"))):
+        save_router(tmp_path / "table" / f"digits-{name}.safetensors", **about)
+    offered = tmp_path / "table" / "digits-c-4-harmonica-40-0.safetensors"
+    flags = "--sampler", "ddpm", "--num-samples", "1"
+    assert f"no cache (--router {offered} is one of the table's)" in run(*flags)
+    assert f"router {offered}, tau" in run(*flags, "--router", offered)
+    for other in ("ddim", "ddim:0.5"):
+        assert "--router" not in run("--sampler", other, "--num-samples", "1")
 
 
 def test_labels_are_repeated(run, network, tmp_path):
@@ -891,6 +941,12 @@ def assert_one_line(error):
     ("--router other_branches.safetensors", "a router of digits with ddim, T = 4, K = 12"),
     ("--router good.safetensors --sampler ddpm", "it cannot be used for digits with ddpm"),
     ("--router good.safetensors --steps 5", "it cannot be used for digits with ddim, T = 5"),
+    ("--router good.safetensors --steps 5", "K = 16: use --steps 4\n"),
+    ("--router other_sampler.safetensors --steps 9", "K = 16: use --sampler ddpm --steps 4\n"),
+    ("--router other_model.safetensors", "K = 16: use --model dit256\n"),
+    ("--router other_branches.safetensors", "with ddim, T = 4, K = 16\n"),  # no flag helps
+    ("--schedule none --vae nothing.safetensors", "--vae and --latents are for latents"),
+    ("--schedule none --latents", "--vae and --latents are for latents"),
     ("--weights nothing.safetensors", "no weights at nothing.safetensors"),
     ("--weights text.safetensors", "text.safetensors is not a whole checkpoint"),
     ("--weights text.pt", "text.pt is not a whole checkpoint"),
@@ -918,6 +974,43 @@ def test_a_mistake_is_one_line(refused, tmp_path, flags, said):
     for name in ("folder.png", "folder.npz"):
         (tmp_path / name).mkdir()
     error = refused(*flags.split())
+    assert_one_line(error)
+    assert said in error
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--router nope", "no router file at nope"),
+    ("--schedule fora:0", "fora:0"),
+    ("--steps 1", "steps must be from 2 to 1000"),
+    ("--sampler euler", "unknown sampler euler"),
+    ("--labels 1000", "--labels takes numbers from 0 to 999"),
+    ("--prompt x", "takes labels, not prompts"),
+    ("--vae nope", "no weights at nope"),
+    ("--dtype int8", "unknown dtype int8"),
+    ("--router other.safetensors", "use --model digits --steps 4"),
+    ("--model sigma512 --height 100", "height and width must be multiples of 16"),
+    ("--model pixart256 --labels 1", "takes prompts, not labels"),
+    ("--model pixart256 --prompts nope", "nope"),
+    ("--model pixart256 --prompt \udcff", "is not a text in UTF-8"),
+    ("--raw-captions", "models that read captions by T5"),
+    ("--out x.jpg", "--out is a .png"),
+    ("--latents --out x.png", "--latents go into a file"),
+    ("--weights nope", "no weights at nope"),
+])
+def test_mistakes_are_found_before_a_download(monkeypatch, tmp_path, capsys, flags, said):
+    def offline(*args, **kwargs):
+        pytest.fail(f"asked the network for {args}")
+
+    monkeypatch.chdir(tmp_path)
+    save_router(tmp_path / "other.safetensors")
+    for module, name in ((command, "download"), (models, "hugging_face"), (models.text, "load_t5")):
+        monkeypatch.setattr(module, name, offline)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--model", "dit256",
+                                      *flags.split()])
+    with pytest.raises(SystemExit) as caught:
+        command.run(sample.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
     assert_one_line(error)
     assert said in error
 

@@ -324,7 +324,7 @@ def test_killed_twice_and_resumed_is_bitwise_the_same(weights, full_run, tmp_pat
             weights, out, "--resume", end=signal.SIGKILL, after=lines, delay=delay
         )
         assert code == -signal.SIGKILL
-    assert not (out / "router.safetensors").exists()
+    assert not (out / "results.json").exists()
     code, _, stderr = call(*flags(weights, out, "--resume"))
     assert code == 0 and stderr == ""
     assert_same_run(out, full_run)
@@ -333,10 +333,24 @@ def test_killed_twice_and_resumed_is_bitwise_the_same(weights, full_run, tmp_pat
 def test_interrupted_ends_with_a_line_and_resumes(weights, full_run, tmp_path, call):
     out = tmp_path / "run"
     code, _, stderr = run_process(weights, out, end=signal.SIGINT, after=2)
-    assert code == 130 and stderr == "interrupted\n"
-    assert {path.name for path in out.iterdir()} == {"settings.json", "log.jsonl", "state.pt"}
+    assert code == 130
+    assert stderr == f"interrupted: the same command with --resume goes on with {out}\n"
+    assert {path.name for path in out.iterdir()} == {"settings.json", "log.jsonl", "state.pt",
+                                                     "router.safetensors"}
+    routers.load(out / "router.safetensors").check("digits", "ddim", 4, 16)
     assert call(*flags(weights, out, "--resume"))[0] == 0
     assert_same_run(out, full_run)
+
+
+def test_the_advice_of_a_short_run_can_be_followed(weights, tmp_path, call):
+    words = flags(weights, tmp_path / "run", "--lr", "4", "--iterations", "4")
+    code, stdout, _ = call(*words)
+    advice = stdout.partition("to train longer: the same command with ")[2].splitlines()[0]
+    assert code == 0 and advice == "--resume --iterations 8"
+    code, stdout, stderr = call(*words, *advice.split())
+    assert code == 0 and stderr == "" and "lr x updates per row 8\n" in stdout
+    assert call(*flags(weights, tmp_path / "whole", "--lr", "4", "--iterations", "8"))[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_seed_is_another_run(weights, full_run, tmp_path, call):
@@ -390,6 +404,29 @@ def test_bad_settings_are_refused(weights, tmp_path, call, change):
     out = tmp_path / "run"
     assert_refused(call(*flags(weights, out, *change)), change[1])
     assert not out.exists() or set(contents(out)) <= {"settings.json", "log.jsonl"}
+
+
+@pytest.mark.parametrize("words, said", (
+    ("--steps 1", "steps must be from 2 to 1000"), ("--sampler euler", "unknown sampler euler"),
+    ("--start nope", "unknown schedule nope"), ("--start fora:2 --tau 0.99", "--start needs a"),
+    ("--prompts nope", "takes labels, not prompts"), ("--dtype int8", "unknown dtype int8"),
+    ("--model pixart256 --prompts nope", "nope"), ("--raw-captions", "captions by T5"),
+    ("--out run", "run holds a run: --resume goes on with it"),
+    ("--out run --resume", "model digits, steps 4, "),
+    ("--weights nope", "no weights at nope"),
+))
+def test_mistakes_are_found_before_a_download(full_run, tmp_path, monkeypatch, call, words, said):
+    def offline(*args):
+        pytest.fail(f"asked the network for {args}")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.pt").write_bytes((full_run / "state.pt").read_bytes())
+    before = contents(tmp_path / "run")
+    for module, name in ((command, "download"), (models, "hugging_face"), (models.text, "load_t5")):
+        monkeypatch.setattr(module, name, offline)
+    assert_refused(call("--model", "dit256", "--device", "cpu", *words.split()), said)
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("change", (

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -100,6 +102,13 @@ def log_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert all(line.pop("seconds") > 0 for line in lines)
     return lines
+
+
+def results_of(out):
+    """The results, without what differs from process to process."""
+    results = json.loads((out / "results.json").read_text())
+    assert results.pop("seconds") > 0 and results.pop("peak_memory") > 1e6
+    return results
 
 
 def state_of(out):
@@ -242,6 +251,54 @@ def test_killed_between_log_and_state_repeats_no_line(tmp_path, monkeypatch, tin
     assert_same_run(out, tiny_run)
 
 
+def test_from_the_first_save_on_there_is_a_router(tmp_path, monkeypatch):
+    """After every save the file is the router of a run that ended there."""
+    save, out, seen = command.save_state, tmp_path / "run", []
+
+    def looking(path, state):
+        if state["trajectories"] > 1:
+            seen.append((out / "router.safetensors").read_bytes())
+        save(path, state)
+
+    monkeypatch.setattr(command, "save_state", looking)
+    train_stepwise.train(tiny_model(), tiny_settings(), out)
+    monkeypatch.undo()
+    assert len(seen) == 5
+    for n in (1, 4):
+        (tmp_path / "seen.safetensors").write_bytes(seen[n - 1])
+        file = routers.load(tmp_path / "seen.safetensors")
+        file.check("tiny", "ddim", 4, 6)
+        assert file.about["iterations"] == str(4 * n)
+        train_stepwise.train(tiny_model(), tiny_settings(iterations=4 * n), tmp_path / str(n))
+        assert (tmp_path / str(n) / "router.safetensors").read_bytes() == seen[n - 1]
+
+
+def test_pictures_are_drawn_once_a_minute_and_at_the_end(tmp_path, monkeypatch, tiny_run):
+    """Six trajectories of 25 seconds: after the third, the sixth, and at the end."""
+    now, drawn, save, heat_map = [0.0], [], command.save_state, pictures.heat_map
+
+    def slowly(path, state):
+        now[0] += 25
+        save(path, state)
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(command, "save_state", slowly)
+    monkeypatch.setattr(pictures, "heat_map", lambda *args: drawn.append(now[0]) or heat_map(*args))
+    train_stepwise.train(tiny_model(), tiny_settings(), tmp_path / "run")
+    assert drawn == [75, 150, 150]
+    assert_same_run(tmp_path / "run", tiny_run)
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, tiny_run):
+    for out, words in ((tiny_run, f"the same command with --resume goes on with {tiny_run}"),
+                       (tmp_path / "new", "")):
+        with pytest.raises(KeyboardInterrupt) as caught, training.run_folder(out):
+            raise KeyboardInterrupt
+        assert str(caught.value) == words
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("sampler", ("ddpm", "dpm-solver++", "sa-solver"))
 def test_every_sampler_trains_and_resumes(tmp_path, monkeypatch, sampler, tiny_run):
     settings, save, guided = tiny_settings(sampler=sampler), command.save_state, samplers.guided
@@ -374,12 +431,42 @@ def test_a_longer_run_goes_on_to_the_same_bits(tmp_path, tiny_run):
     train_stepwise.train(tiny_model(), tiny_settings(iterations=9), out)
     train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
     assert_same_run(out, tiny_run)
+    assert results_of(out) == results_of(tiny_run)  # renewed
     with pytest.raises(ValueError, match="is a run of 24 iterations: --iterations can only be"):
         train_stepwise.train(tiny_model(), tiny_settings(iterations=20), out, resume=True)
 
 
+def test_with_a_target_cur_too_a_longer_run_goes_on_to_the_same_bits(tmp_path):
+    """What the search does depends on the trajectories before, not on how many are planned: also
+    where a run stopped late, because the CUR was not there yet."""
+    def train(name, iterations, **more):
+        settings = tiny_settings(target_cur=0.5, lr=1.0, iterations=iterations)
+        return train_stepwise.train(tiny_model(), settings, tmp_path / name, **more)["iterations"]
+
+    ends = [train("steps", 4), train("steps", 12, resume=True), train("steps", 24, resume=True)]
+    assert train("whole", 24) == ends[-1]
+    assert ends == sorted(set(ends)) and ends[0] > 4  # the first stopped late
+    assert_same_run(tmp_path / "steps", tmp_path / "whole")
+    assert results_of(tmp_path / "steps") == results_of(tmp_path / "whole")
+
+
+def test_a_run_that_went_on_and_was_killed_has_no_results_of_the_shorter_one(
+    tmp_path, monkeypatch, tiny_run
+):
+    out = tmp_path / "run"
+    train_stepwise.train(tiny_model(), tiny_settings(iterations=9), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "finish", lambda run: 1 / 0)  # after the last trajectory
+        with pytest.raises(ZeroDivisionError):
+            train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
+    assert not (out / "results.json").exists()
+    train_stepwise.train(tiny_model(), tiny_settings(), out, resume=True)
+    assert_same_run(out, tiny_run)
+    assert results_of(out) == results_of(tiny_run)
+
+
 def test_a_folder_in_place_of_any_file_of_a_run_is_found_before_the_first(tmp_path):
-    for name in ("state.pt", "settings.json", "log.jsonl", "router.safetensors", "results.json"):
+    for name in training.FILES:
         (tmp_path / name / name).mkdir(parents=True)
         with pytest.raises(OSError, match=f"cannot write .*{name}: it is a folder"):
             train_stepwise.train(tiny_model(), tiny_settings(), tmp_path / name)
@@ -454,6 +541,56 @@ def test_the_loss_scale_is_a_power_of_two_near_the_inverse(factor):
 
 
 # ------------------------------------------------------------------------------------------------
+# What a run is said to have come to
+
+
+def told(capsys, curs, start, lr=0.1, target=None, T=4):
+    """What is printed of a run whose CUR went from `start` through `curs`."""
+    n = len(curs)
+    results = {"cur": curs[-1], "cur_at_start": start, "trajectories": n, "iterations": T * n,
+               "cur_before_last_quarter": [start, *curs][n * 3 // 4], "lr_updates": lr * n,
+               "beta": 1e-7, "seconds": 1.0, "peak_memory": None}
+    training.report(results, {"target_cur": target, "lr": lr}, "out")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("curs, start, words", (
+    ([0.5], 0.5, "it moved by +0.0 points in the last 1 of 1 trajectories (too early to tell)"),
+    ([0.5, 0.5, 0.5], 0.5, "+0.0 points in the last 1 of 3 trajectories (too early to tell)"),
+    ([0.006] * 20, 0.006, "+0.0 points in the last 5 of 20 trajectories (too early to tell)"),
+    ([0.006] * 79, 0.006, "(too early to tell)"), ([0.006] * 81, 0.006, "(where it started)"),
+    ([0.3] * 100, 0.01, "at the start 1.0 %; it moved by +0.0 points in the last 25 of 100 "
+                        "trajectories (settled)"),
+    ([0.3] * 79 + [0.34] * 21, 0.01, "+4.0 points in the last 25 of 100 trajectories (still mov"),
+    ([0.5, 0.48], 0.5, "-2.0 points in the last 1 of 2 trajectories (still moving)"),
+))
+def test_the_closing_line_is_true(capsys, curs, start, words):
+    assert words in told(capsys, curs, start)
+
+
+@pytest.mark.parametrize("curs, target, more", (
+    ([0.3] * 100, None, None), ([0.3] * 79 + [0.4] * 21, None, 800),  # still moving
+    ([0.3] * 20, None, 320), ([0.3], None, 320),  # 80 updates of 0.1 make 8
+    ([0.3] * 100, 0.4, 800), ([0.395] * 100, 0.4, None),
+))
+def test_the_advice_is_what_to_type(capsys, curs, target, more):
+    lines = told(capsys, curs, 0.0, target=target).splitlines()
+    advice = [line for line in lines if line.startswith("to train longer")]
+    words = f"to train longer: the same command with --resume --iterations {more}"
+    assert advice == ([words] if more else [])
+    assert ("a CUR of 40 % is not reached" in "".join(lines)) == (target == 0.4 and curs[0] == 0.3)
+
+
+def test_results_tell_where_the_run_started(tmp_path):
+    """From alternation at 50 % a short run has not moved by 50 points."""
+    settings = tiny_settings(start="fora-paper:2", iterations=8)
+    results = train_stepwise.train(tiny_model(), settings, tmp_path / "run")
+    assert results["cur_at_start"] == results["cur_before_last_quarter"] == results["cur"] == 0.5
+    again = train_stepwise.train(tiny_model(), settings, tmp_path / "run", resume=True)
+    assert again["cur_at_start"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------
 # Settings
 
 
@@ -474,3 +611,12 @@ def test_published_settings_hold_for_every_number_of_steps():
         for steps in (None, 10, 50):
             settings = training.defaults_of(name, "iepo", steps)
             assert settings == {"beta": 4e-8, **training.PUBLISHED}
+
+
+def test_the_help_says_the_defaults():
+    for key, words in (("lr", "digits: 0.1; emoji: 0.1; official: 0.01"),
+                       ("beta", "T = 20: digits: 4e-07; emoji: 1e-07; official: 4e-08")):
+        assert training.in_words(training.USUAL, key) == words
+    for name, values in training.USUAL.items():
+        model = "dit256" if name == "official" else name
+        assert values == training.defaults_of(model, "iepo", None)
