@@ -29,9 +29,9 @@ XL = dict(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_chan
           patch_size=2, sample_size=32)
 
 
-def pair(kind, depth, dtype, device="cpu"):
-    """Our network and diffusers' with its weights, each as a function without arguments. Raises
-    ValueError if diffusers is not installed."""
+def networks(kind, depth, dtype, device="cpu"):
+    """Our network and diffusers' with its weights. Raises ValueError if diffusers is not
+    installed."""
     try:
         from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
     except (ImportError, RuntimeError) as error:
@@ -47,9 +47,13 @@ def pair(kind, depth, dtype, device="cpu"):
                                           caption_channels=4096, use_additional_conditions=False)
     state = checkpoint.to_diffusers(network.state_dict(), network)
     theirs.load_state_dict(state, strict=False)  # it makes its position embedding itself
-    del state
-    network = network.to(device, dtype)
-    theirs = theirs.eval().requires_grad_(False).to(device, dtype)
+    return (network.to(device, dtype),
+            theirs.eval().requires_grad_(False).to(device, dtype))
+
+
+def pair(kind, depth, dtype, device="cpu"):
+    """The same two, each as a function without arguments. Raises ValueError as `networks` does."""
+    network, theirs = networks(kind, depth, dtype, device)
     condition = random_condition(network, 1)
     x, t = torch.randn(2, 4, 32, 32).to(device, dtype), torch.full((2,), 500, device=device)
     if kind == "DiT-XL/2":

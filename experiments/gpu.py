@@ -14,9 +14,10 @@ memory       the peak of training, 32 images and --micro-batch 8, against the fo
 graphs       torch.compile makes one graph for each kind of branch, whatever the schedule
 
 Measured, medians over rounds: an iteration of training beside the official code's way, a step
-beside diffusers' networks, sampling with schedules (real speed-up beside the one by arithmetic), in
-float32 (TF32 on a GPU) and bfloat16, plain and with torch.compile. Parts for which no time is left
-are listed as not measured. cache-dit is not compared: it takes diffusers' networks, not ours.
+beside diffusers' networks, cached steps beside cache-dit's (benchmark_cache_dit.py), sampling with
+schedules (real speed-up beside the one by arithmetic), in float32 (TF32 on a GPU) and bfloat16,
+plain and with torch.compile. Listed as not measured: parts for which no time is left, and those
+beside diffusers or cache-dit (`pip install cache-dit`) where that is not installed.
 
 Notation: T denoising steps, K cacheable branches.
 """
@@ -249,6 +250,19 @@ def measure_diffusers(kind, depth, dtype, model, repeats):
     return [Row(f"{kind}, {depth} blocks, {dtype}, a step", ours, "ms", theirs, "diffusers")]
 
 
+def measure_cache_dit(depth, dtype, device, repeats):
+    """How much faster caching makes our DiT, and how much cache-dit diffusers', at the same steps,
+    each beside its own arithmetic."""
+    try:
+        from experiments.benchmark_cache_dit import SCHEDULE, speed_ups
+
+        found = speed_ups(depth, getattr(torch, dtype), device, repeats)
+    except (ImportError, ValueError) as error:
+        raise NotMeasured(error) from error
+    return [Row(f"DiT-XL/2, {depth} blocks, {dtype}, {SCHEDULE}, {name}", real, "x", arithmetic,
+                "arithmetic") for name, (real, arithmetic) in found.items()]
+
+
 # ------------------------------------------------------------------------------------------------
 # The command
 
@@ -274,6 +288,9 @@ def run_all(report, plan, device):
         for dtype in plan.dtypes:
             report.part(f"diffusers, {theirs}, {dtype}", partial(
                 measure_diffusers, theirs, plan.depth, dtype, model, plan.repeats))
+    for dtype in plan.dtypes:
+        report.part(f"cache-dit, DiT-XL/2, {dtype}", partial(
+            measure_cache_dit, plan.depth, dtype, device, plan.repeats))
     models.choose_kernels(device)  # even if the networks beside diffusers' ran out of memory
     measure_samplings(report, name, model, plan)
     model.to("cpu")

@@ -87,7 +87,8 @@ def test_all_checks_are_there_and_pass(answer, capsys):
     assert graphs == [2] * 4
     assert all(row["value"] > 0 for name, row in rows.items() if "differ" not in name)
     assert set(found["not_measured"]) == {
-        f"diffusers, {name}, {dtype}" for name in ("DiT-XL/2", "PixArt-XL/2")
+        f"{name}, {dtype}" for name in ("diffusers, DiT-XL/2", "diffusers, PixArt-XL/2",
+                                        "cache-dit, DiT-XL/2")
         for dtype in TINY.dtypes}
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows) and "not measured: diffusers" in printed
@@ -183,7 +184,7 @@ def test_a_part_that_breaks_fails_and_the_others_go_on(short, monkeypatch):
 def test_what_no_time_is_left_for_is_listed(answer):
     code, found = answer("--minutes", "1e-9")
     assert code == 0 and found["rows"] == {}
-    assert len(found["not_measured"]) == 6 + 4 + 8 + 1
+    assert len(found["not_measured"]) == 6 + 4 + 2 + 8 + 1
     assert all("left" in reason for reason in found["not_measured"].values())
 
 
