@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import command
 import distributed
 import layout
@@ -76,15 +77,16 @@ def choose_schedule(model, sampler, steps, guidance, path=None, name=None, tau=N
 
 def check_router(file, model, sampler, steps):
     """Raises ValueError, which says the flags that fit it, if a router is not for these."""
-    T, branches = len(file.logits), len(model.network.branches)
+    (T, K), branches, name = file.logits.shape, len(model.network.branches), file.about["model"]
     try:
         file.check(model.name, sampler, steps, branches)
     except ValueError as error:
-        flags = [f"--model {file.about['model']}"] if file.about["model"] != model.name else []
-        own = sampler_name(file.about["sampler"])
-        flags += [f"--sampler {own}"] if own != sampler else []
-        flags += [f"--steps {T}"] if steps != T else []
-        raise ValueError(f"{error}: use {' '.join(flags)}" if flags else str(error)) from error
+        own = {"model": model.name if name == checkpoint.UNNAMED else name,
+               "sampler": sampler_name(file.about["sampler"]), "steps": T}
+        asked = {"model": model.name, "sampler": sampler, "steps": steps}
+        flags = [f"--{key} {own[key]}" for key in own if own[key] != asked[key]]
+        fits = own["model"] in models.MODELS and (own["model"] != model.name or branches == K)
+        raise ValueError(f"{error}: use {' '.join(flags)}" if fits else str(error)) from error
 
 
 def known_router(name, sampler, steps):

@@ -16,7 +16,8 @@ From noise x_T and random labels or prompts, at each step i, with the network fr
     next x      the sampler's step from the student's own prediction
 
 With --target-cur the run finds the beta that leads to a target CUR. With --start it begins with a
-schedule instead of random logits. `training.py` has the run folder and --resume.
+schedule instead of random logits. `training.py` has the run folder, with a router from the first
+trajectory on, and --resume.
 
 Notation: B images, T denoising steps, K cacheable branches.
 """

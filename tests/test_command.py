@@ -463,6 +463,7 @@ def test_progress_where_there_is_no_terminal_is_lines(capsys, monkeypatch):
     for _ in command.progress(range(20), unit="step"):
         now[0] += 1
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for _ in command.progress(range(100), unit="step"):
         now[0] += 1

@@ -944,7 +944,8 @@ def assert_one_line(error):
     ("--router good.safetensors --steps 5", "K = 16: use --steps 4\n"),
     ("--router other_sampler.safetensors --steps 9", "K = 16: use --sampler ddpm --steps 4\n"),
     ("--router other_model.safetensors", "K = 16: use --model dit256\n"),
-    ("--router other_branches.safetensors", "with ddim, T = 4, K = 16\n"),  # no flag helps
+    ("--router other_branches.safetensors --steps 9", "T = 9, K = 16\n"),  # no flag helps
+    ("--router unknown_model.safetensors --steps 9", "T = 9, K = 16\n"),
     ("--schedule none --vae nothing.safetensors", "--vae and --latents are for latents"),
     ("--schedule none --latents", "--vae and --latents are for latents"),
     ("--weights nothing.safetensors", "no weights at nothing.safetensors"),
@@ -963,6 +964,7 @@ def assert_one_line(error):
 def test_a_mistake_is_one_line(refused, tmp_path, flags, said):
     save_router(tmp_path / "good.safetensors")
     save_router(tmp_path / "other_model.safetensors", model="dit256")
+    save_router(tmp_path / "unknown_model.safetensors", model="dit64")
     save_router(tmp_path / "other_sampler.safetensors", sampler="ddpm")
     save_router(tmp_path / "other_steps.safetensors", steps=5)
     save_router(tmp_path / "other_branches.safetensors", branches=12)
