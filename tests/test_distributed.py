@@ -108,7 +108,7 @@ def test_nobody_waits_for_a_process_that_died_and_the_run_goes_on_later(weights,
     out, script = tmp_path / "out", tmp_path / "dies.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + DIES)
     code, _, _ = call(script, *flags(weights, out, "--iterations", 6)[1:], processes=2)
-    assert code != 0 and not (out / "router.safetensors").exists()
+    assert code != 0 and not (out / "results.json").exists()
     code, _, stderr = call(*flags(weights, out, "--iterations", 6, "--resume"))
     assert code == 0, stderr
     assert call(*flags(weights, tmp_path / "whole", "--iterations", 6))[0] == 0
