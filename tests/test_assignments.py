@@ -140,7 +140,9 @@ def test_the_handouts_name_every_task_with_its_points(name):
 
 def test_students_commands(unpacked, tmp_path):
     """From the release's root, with the cases that students see: one task of one assignment as
-    released, then all assignments with the solutions."""
+    released, then all assignments with the solutions, and the tests of the code that look at its
+    files. `make test` there runs tests/ only, not the unsolved stubs."""
+    assert 'testpaths = ["tests"]' in (unpacked / "pyproject.toml").read_text()
     name, task = NAMES[0], list(script("grade").read_points(HERE / NAMES[0]))[0]
     one = run("-m", "pytest", f"notebooks/assignments/{name}", "-m", task, cwd=unpacked)
     assert f"NotImplementedError: {task}: " in one.stdout and "deselected" in one.stdout
@@ -149,7 +151,8 @@ def test_students_commands(unpacked, tmp_path):
     solved = shutil.copytree(unpacked, tmp_path / "solved")
     for name in NAMES:
         shutil.copy(SOLUTIONS / name / "student.py", solved / "notebooks" / "assignments" / name)
-    answer = run("-m", "pytest", "-q", "notebooks/assignments", cwd=solved)
+    answer = run("-m", "pytest", "-q", "notebooks/assignments", "tests/test_size.py",
+                 "tests/test_readme.py::test_files_that_the_texts_name_exist", cwd=solved)
     assert answer.returncode == 0, answer.stdout[-3000:]
     assert "Warning" not in answer.stdout
 
@@ -171,6 +174,10 @@ def test_the_release_holds_what_students_need_and_nothing_of_the_lecturer(unpack
     assert all(name.startswith("release/") for name in names)
     for word in ("lecturer/", "solution", "wrong_", "test_assignments", "__pycache__", "/."):
         assert not [name for name in names if word in name]
+    tests = {path.name for path in (ROOT / "tests").glob("*.py")}
+    assert {path.name for path in (unpacked / "tests").glob("*.py")} == (
+        tests - set(script("release").KEPT_BACK))
+    assert "lecturer" not in (unpacked / "notebooks" / "assignments" / "README.md").read_text()
 
 
 @pytest.fixture
