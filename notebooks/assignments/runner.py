@@ -18,7 +18,7 @@ import messages
 FILE_BYTES = 10_000_000  # of a file that it writes
 REFUSED = ("subprocess.Popen", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn",
            "os.system", "os.startfile", "os.kill", "os.killpg", "socket.connect", "socket.bind",
-           "ctypes.dlopen", "os.chown", "os.chmod")
+           "ctypes.dlopen", "ctypes.dlsym", "ctypes.dlsym/handle", "os.chown", "os.chmod")
 READS = ("os.listdir", "os.scandir", "os.chdir")
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
           "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile")
@@ -93,8 +93,9 @@ def described(error):
 
 
 def answer(places, request):
-    """Calls what the request names. -> a dict of plain data: the result, and the arguments as they
-    are after the call; or the error."""
+    """Calls what the request names. -> a dict of plain data: the request's number, the result, and
+    the arguments as they are after the call; or the error."""
+    number = request["number"]
     try:
         if request["probe"]:
             function = getattr(places["probes"], request["name"])
@@ -103,9 +104,9 @@ def answer(places, request):
             function = getattr(places["student"], request["name"])
             arguments = request["arguments"]
         result = function(*arguments)
-        return {"result": result, "arguments": request["arguments"]}
+        return {"number": number, "result": result, "arguments": request["arguments"]}
     except BaseException as error:  # what it raises is its own affair, SystemExit too
-        return described(error)
+        return {"number": number, **described(error)}
 
 
 def say(stream, reply):
@@ -113,8 +114,8 @@ def say(stream, reply):
     try:
         messages.write(stream, reply)
     except (TypeError, RecursionError) as error:
-        messages.write(stream, {"error": "TypeError", "message": f"it returned {error}",
-                                "line": None})
+        messages.write(stream, {"number": reply["number"], "error": "TypeError",
+                                "message": f"it returned {error}", "line": None})
 
 
 def main():

@@ -255,7 +255,7 @@ class Submission(Asked):
     """
 
     def __init__(self, course, student, seconds, memory, processor=0):
-        self.late = False
+        self.late, self.number, self.processor = False, 0, processor
         self.give(seconds)
         self.folder = Path(tempfile.mkdtemp(prefix="one.", dir=course.folder))
         self.folder.chmod(0o755)
@@ -297,8 +297,12 @@ class Submission(Asked):
         return max(0.0, self.deadline - time.monotonic())
 
     def ask(self, name, arguments, probe):
-        self._write({"name": name, "arguments": arguments, "probe": probe})
+        self.number += 1
+        self._write({"number": self.number, "name": name, "arguments": arguments, "probe": probe})
         reply = self._read(self.seconds())
+        if reply.get("number") != self.number:  # something else wrote: nothing after it counts
+            end(self.process)
+            raise Ended(f"{name} gave no answer")
         result = self._result(name, reply)
         if not probe:
             check_unchanged(name, arguments, reply["arguments"])
@@ -337,8 +341,9 @@ class Submission(Asked):
         code = self.process.returncode
         if self.late:
             return "it took more than the time limit"
-        if code in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)):
-            return "it was ended by the system: a limit was reached, or it ended itself"
+        if code == -getattr(signal, "SIGKILL", 0):
+            limit = f" of {self.processor:g} s of processor time" if self.processor else ""
+            return f"the system ended it: a limit{limit} was reached"
         return f"it ended the process (exit code {code})"
 
     def _result(self, name, reply):
