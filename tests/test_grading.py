@@ -3,14 +3,18 @@ points by anything but plain, right answers. On an assignment without torch, so 
 fraction of a second; the real assignments are in test_assignments.py."""
 
 import csv
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from tests.test_assignments import HERE, ROOT, run, script
 
@@ -139,6 +143,38 @@ def test_a_bad_submission_keeps_the_points_of_its_other_tasks(marks, name):
     else:
         task, words = failure
         assert words in marks[name]["failures"][task] and marks[name]["points"][task] == 0
+
+
+def test_messages_carry_plain_data(tiny):
+    messages = script("grade", tiny[0]).sandbox.messages
+    sent = [None, True, 3, 0.5, math.inf, "text", {"a": (1, 2)}, torch.arange(6).view(2, 3) > 2,
+            torch.ones(2, dtype=torch.float64, requires_grad=True), np.float32(0.25)]
+    stream = io.BytesIO()
+    messages.write(stream, sent)
+    stream.seek(0)
+    found = messages.read(stream)
+    assert found[:6] == sent[:6] and found[6] == {"a": [1, 2]} and found[9] == 0.25
+    assert torch.equal(found[7], sent[7]) and found[8].requires_grad
+    for value in (object(), torch.ones(2, dtype=torch.complex64), {1, 2}, b"x", len):
+        with pytest.raises(TypeError):
+            messages.write(stream, value)
+
+
+@pytest.mark.parametrize("text, body", [
+    ('{"tensor": "object", "shape": [1], "bytes": 8}', bytes(8)), ('{"dict": [1]}', b""),
+    ('{"tensor": "float64", "shape": [9], "bytes": 8}', bytes(8)), ("[" * 99999, b""), ("x", b""),
+    ('{"tensor": "float64", "shape": [1e300], "bytes": 8}', bytes(8)), ("{}", b""), ("\xff", b""),
+    ('{"tensor": "uint8", "shape": [-1, 0], "bytes": "z"}', b""), ("[" + "9" * 5000 + "]", b""),
+])
+def test_bytes_that_are_no_message_are_refused(tiny, text, body):
+    messages = script("grade", tiny[0]).sandbox.messages
+    frame = messages.HEAD.pack(len(text), len(body)) + text.encode("latin-1") + body
+    with pytest.raises(ValueError):
+        messages.read(io.BytesIO(frame))
+    with pytest.raises(ValueError, match="at most"):
+        messages.read(io.BytesIO(messages.HEAD.pack(2**63, 0)))
+    with pytest.raises(EOFError):
+        messages.read(io.BytesIO(frame[:-1]))
 
 
 REFUSED = {  # what a submission tries, and what must not come of it

@@ -113,7 +113,7 @@ def say(stream, reply):
     """Writes a reply. If it holds more than plain data, an error takes its place."""
     try:
         messages.write(stream, reply)
-    except (TypeError, RecursionError) as error:
+    except Exception as error:  # the submission's own objects are asked what they are
         messages.write(stream, {"number": reply["number"], "error": "TypeError",
                                 "message": f"it returned {error}", "line": None})
 

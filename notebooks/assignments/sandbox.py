@@ -228,7 +228,7 @@ class Local(Asked):
             check_unchanged(name, arguments, sent)
         try:
             return messages.copy(result)
-        except TypeError as error:
+        except Exception as error:  # not plain, or an object that does not say what it is
             raise Failed(f"TypeError: {name} returned {error}") from None
 
 
