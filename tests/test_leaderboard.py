@@ -99,7 +99,8 @@ FINE = "import router\ndef make_schedule(model, seconds): return router.fora_pap
 SUBMISSIONS = {  # name: (student.py, the reason why it is refused)
     "fine": (FINE, None),
     "clears\x1b[2J": ("raise KeyError('table\x1b[2J')", "KeyError: 'table"),
-    "endless": (FINE.replace("return", "\n while True: pass\n return"), "of processor time was"),
+    "endless": (FINE.replace("return", "\n while True: pass\n return"),
+                "more than 2.25 s of processor time"),
     "greedy": (FINE.replace("return", "\n import mmap\n x = mmap.mmap(-1, 31 * 10**8)\n return"),
                "Cannot allocate memory"),
     "kills": (FINE.replace("return", "\n import os; os.kill(os.getppid(), 9)\n return"), "os.kill"),

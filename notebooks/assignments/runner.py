@@ -15,6 +15,7 @@ import traceback
 
 import messages
 
+OUT_OF_TIME = 124  # the exit code
 FILE_BYTES = 10_000_000  # of a file that it writes
 REFUSED = ("subprocess.Popen", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn",
            "os.system", "os.startfile", "os.kill", "os.killpg", "socket.connect", "socket.bind",
@@ -36,12 +37,14 @@ def limit(memory, processor):
     if sys.platform == "linux":  # maps of shared memory count too
         with open("/proc/self/statm") as file:
             limits["RLIMIT_AS"] = int(file.read().split()[0]) * resource.getpagesize() + memory
-    if processor:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limits["RLIMIT_CPU"] = int(used.ru_utime + used.ru_stime + processor + 1)
     for name, number in limits.items():
         with contextlib.suppress(ValueError, OSError, AttributeError):  # a system without it
             resource.setrlimit(getattr(resource, name), (number, number))
+    if processor:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        number = int(used.ru_utime + used.ru_stime + processor + 1)
+        signal.signal(signal.SIGXCPU, lambda *_: os._exit(OUT_OF_TIME))
+        resource.setrlimit(resource.RLIMIT_CPU, (number, number + 1))
 
 
 def guard(readable, folder):

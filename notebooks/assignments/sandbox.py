@@ -29,6 +29,7 @@ import messages  # noqa: E402
 import command  # noqa: E402
 
 TEMPORARY = "grade.{}."  # the temporary folders' prefix, with the number of the process
+OUT_OF_TIME = 124  # the exit code that runner.py then has
 START_LIMIT = 300  # seconds until a process has imported the modules
 NOBODY = 65534
 KEPT = "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT"  # of the environment
@@ -341,9 +342,10 @@ class Submission(Asked):
         code = self.process.returncode
         if self.late:
             return "it took more than the time limit"
-        if code == -getattr(signal, "SIGKILL", 0):
-            limit = f" of {self.processor:g} s of processor time" if self.processor else ""
-            return f"the system ended it: a limit{limit} was reached"
+        if code == OUT_OF_TIME and self.processor:
+            return f"it took more than {self.processor:g} s of processor time"
+        if code == -getattr(signal, "SIGKILL", 0) or code == 1:  # 1: what unshare says of it
+            return "it ended, or the system ended it at a limit"
         return f"it ended the process (exit code {code})"
 
     def _result(self, name, reply):
