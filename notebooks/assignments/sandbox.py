@@ -121,19 +121,17 @@ class Course:
         self.folder.chmod(0o755)  # nobody has to read it
         self.copy = self.folder / "course"
         self.copy.mkdir()
-        files = [HERE / "runner.py", HERE / "messages.py", *assignment.glob("probes.py")]
+        files, named = [HERE / "runner.py", HERE / "messages.py"], list(needs)
         if needs == "everything":
-            files += ROOT.glob("*.py")
+            files, named = [*files, *ROOT.glob("*.py")], []
             for name in ("data", "checkpoints", "experiments"):
                 shutil.copytree(ROOT / name, self.copy / name)
-        else:
-            files += imported(needs)
-        for file in files:
-            shutil.copy(file, self.copy)
-        self.modules = [name for name in needs if needs != "everything"]
-        self.modules = ["torch", *self.modules] if needs else []
+        self.modules = ["torch", *named] if needs else []  # imported before student.py
         if (assignment / "probes.py").is_file():
+            files.append(assignment / "probes.py")
             self.modules.append("probes")
+        for file in [*files, *imported(named)]:
+            shutil.copy(file, self.copy)
         self.words, *self.way = way or find_way(self)
 
     def __enter__(self):
