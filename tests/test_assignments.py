@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# Only pytest itself minds that the marks are not registered; some tests leave files out on purpose.
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning"),
+              pytest.mark.filterwarnings("ignore:.*left out")]
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "notebooks" / "assignments"
 SOLUTIONS = HERE / "lecturer" / "solutions"
