@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,6 +21,8 @@ SCRIPT = ASSIGNMENTS / "a5_competition" / "leaderboard.py"
 
 @pytest.fixture(scope="module")
 def leaderboard():
+    for beside in ("folders", "sandbox", "messages"):
+        sys.modules.pop(beside, None)
     spec = importlib.util.spec_from_file_location("leaderboard", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["leaderboard"] = module  # where its dataclass looks for the module
@@ -32,10 +33,10 @@ def leaderboard():
 # ------------------------------------------------------------------------------------------------
 # Schedules
 
-HALF = router.fora_paper(20, 16, 2).numpy()
-ALMOST = HALF.copy()
+HALF = router.fora_paper(20, 16, 2)
+ALMOST = HALF.clone()
 ALMOST[1, 0] = True
-NO_ROW_0 = HALF.copy()
+NO_ROW_0 = HALF.clone()
 NO_ROW_0[0, 3] = False
 
 
@@ -44,16 +45,29 @@ NO_ROW_0[0, 3] = False
     [
         (ALMOST, "its CUR is 49.69 %, below 50 %"),
         (NO_ROW_0, "row 0"),
-        (HALF.astype(int), "bool"),
+        (HALF.int(), "bool"),
         (HALF.T, r"\(20, 16\)"),
         (HALF[None], r"\(20, 16\)"),
-        (np.array(True), r"\(20, 16\)"),
+        (torch.tensor(True), r"\(20, 16\)"),
+        (HALF.tolist(), "nothing else"),
     ],
 )
 def test_a_wrong_schedule_is_refused(leaderboard, schedule, words):
     leaderboard.check(HALF, 20, 16)
     with pytest.raises(ValueError, match=words):
         leaderboard.check(schedule, 20, 16)
+
+
+@pytest.mark.parametrize("answer, words", [
+    ([HALF, math.nan], "no time"), ([HALF, -1.0], "no time"), ([HALF, "1"], "no time"),
+    ([HALF, True], "no time"), ([HALF, 1.7], "1.7 s of processor time, not 1"),
+    (HALF, "no schedule"), ([HALF], "no schedule"), (None, "no schedule"),
+    ([None, 1.0], "nothing else"),
+])
+def test_what_a_submission_returns_is_not_trusted(leaderboard, answer, words):
+    assert leaderboard.accept([HALF, 1.5], 1, 20, 16)[1] == 1.5
+    with pytest.raises(ValueError, match=words):
+        leaderboard.accept(answer, 1, 20, 16)
 
 
 def test_images_are_those_of_sampling_for_every_batch_size(leaderboard, monkeypatch):
@@ -84,10 +98,13 @@ def test_the_table_is_in_order_and_only_submissions_have_a_place(leaderboard):
 FINE = "import router\ndef make_schedule(model, seconds): return router.fora_paper(20, 16, 2)\n"
 SUBMISSIONS = {  # name: (student.py, the reason why it is refused)
     "fine": (FINE, None),
-    "fails": ("raise KeyError('table')", "KeyError: 'table'"),
-    "endless": (FINE.replace("return", "\n while True: pass\n return"), "processor time"),
-    "greedy": (FINE.replace("return", "\n x = bytearray(20 * 10**9)\n return"), "MemoryError"),
-    "exits": (FINE.replace("return", "\n import os; os._exit(0)\n return"), "exit code 0"),
+    "clears\x1b[2J": ("raise KeyError('table\x1b[2J')", "KeyError: 'table"),
+    "endless": (FINE.replace("return", "\n while True: pass\n return"),
+                "more than 2.25 s of processor time"),
+    "greedy": (FINE.replace("return", "\n import mmap\n x = mmap.mmap(-1, 31 * 10**8)\n return"),
+               "Cannot allocate memory"),
+    "kills": (FINE.replace("return", "\n import os; os.kill(os.getppid(), 9)\n return"), "os.kill"),
+    "no_time": ("import time\ntime.process_time = lambda: float('nan')\n" + FINE, "is no time"),
 }
 
 
@@ -98,13 +115,15 @@ def test_bad_submissions_are_refused_and_the_others_ranked(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "student.py").write_text(text)
     answer = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, "--images", "2", "--seconds", "1"],
+        [sys.executable, SCRIPT, tmp_path, "--images", "2", "--seconds", "1", "--memory", "2"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     lines = answer.stdout.splitlines()
+    assert lines[0].startswith("Submissions run ") and "\x1b" not in answer.stdout
     for name, (_, why) in SUBMISSIONS.items():
-        refused = [line for line in lines if line.startswith(f"{name}: refused: ")]
+        shown = name.replace("\x1b", "\\x1b")
+        refused = [line for line in lines if line.startswith(f"{shown}: refused: ")]
         assert (why is None and not refused) or why in refused[0], refused
     ranked = {line[4:28].strip(): line[28:].split() for line in lines if "(" in line[:5]
               or line.startswith("1.")}

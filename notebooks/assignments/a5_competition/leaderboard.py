@@ -3,41 +3,33 @@
     python notebooks/assignments/a5_competition/leaderboard.py SUBMISSIONS --images 200
 
 SUBMISSIONS/<name>/student.py is a submission. Its `make_schedule(model, seconds)` runs in a process
-of its own, with one thread and limits on processor time and memory. It must return a bool (T, K)
-table that computes all of row 0 and reuses at least half of all cells. Anything else is refused,
-with a reason, and the other submissions go on. Every schedule then makes the same images from the
-same noise. Three schedules to compare with, shown in brackets, make them too.
+of its own, shut in as in grading (sandbox.py; the first line says how well), with one thread and
+limits on processor time, memory and files. It must return a bool (T, K) table that computes all of
+row 0 and reuses at least half of all cells. Anything else is refused, with a reason, and the other
+submissions go on. Every schedule then makes the same images from the same noise. Three schedules to
+compare with, shown in brackets, make them too.
 
 With --images 200 a submission takes well under a minute on two free cores, without its own
 --seconds. FID of so few images is biased upwards, equally for all: compare at equal numbers only.
 For a final use `--images 2000 --seed` and a number that nobody knew.
 
-This is no sandbox: a submission runs as you and can read and write your files. Run strangers' code
-in a container. The time limit needs Linux or macOS, the memory limit Linux.
+The seconds in the table are those that the submission's process says; the system ends it after a
+quarter more and two seconds. The limits of time need Linux or macOS, that of memory Linux.
 """
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parents[1])]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent)]
 
 if __name__ == "__main__":
     import startup  # noqa: F401, before the slow imports
 
-import argparse  # noqa: E402 (from here on the project's modules are on the path)
-import contextlib  # noqa: E402
-import dataclasses  # noqa: E402
-import importlib.util  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+import dataclasses  # noqa: E402 (from here on the project's modules are on the path)
 
 import folders  # noqa: E402
-import numpy as np  # noqa: E402
+import sandbox  # noqa: E402
 import torch  # noqa: E402
 
 import command  # noqa: E402
@@ -51,113 +43,48 @@ from samplers import Noise, denoise, make_sampler  # noqa: E402
 
 BATCH = 50
 TO_COMPARE = ("none", "fora-paper:2", "random:0.5")
+LONGEST = 200  # characters of a reason
 MOST_IMAGES, MOST_SECONDS, MOST_GIGABYTES = 50_000, 86_400, 1e6
-
-# ------------------------------------------------------------------------------------------------
-# In the submission's own process
-
-
-def limit_process(seconds, gigabytes):
-    """Limits this process: its processor time from now on, its memory and the files it writes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    processor = math.ceil(time.process_time() + 1.25 * seconds + 1)
-    limits = {
-        resource.RLIMIT_CPU: (processor, processor + 1),  # SIGXCPU, which `ask` knows; SIGKILL
-        resource.RLIMIT_DATA: (int(gigabytes * 1e9),) * 2,
-        resource.RLIMIT_FSIZE: (10**8, 10**8),
-        resource.RLIMIT_CORE: (0, 0),
-    }
-    for kind, limit in limits.items():
-        with contextlib.suppress(ValueError, OSError):  # a platform without this limit
-            resource.setrlimit(kind, limit)
-
-
-def compute(student, out, seconds, gigabytes):
-    """Calls the submission and writes its schedule and the seconds it took, as an npz."""
-    model = models.load("digits", device="cpu")
-    limit_process(seconds, gigabytes)
-    start = time.process_time()
-    spec = importlib.util.spec_from_file_location("student", student)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["student"] = module
-    spec.loader.exec_module(module)
-    schedule = module.make_schedule(model, seconds)
-    np.savez(out, schedule=np.asarray(schedule), seconds=time.process_time() - start)
-
-
-# ------------------------------------------------------------------------------------------------
-# In our process
-
 
 def check(schedule, steps, branches):
     """Raises ValueError unless the schedule is bool (T, K), computes row 0, and reuses at least
     half of all T K branch evaluations."""
-    if schedule.dtype != bool or schedule.shape != (steps, branches):
-        raise ValueError(f"a schedule is bool {(steps, branches)}, not {schedule.dtype} "
-                         f"{schedule.shape}")
+    if not isinstance(schedule, torch.Tensor):
+        raise ValueError(f"a schedule is a bool tensor {(steps, branches)}, nothing else")
+    if schedule.dtype != torch.bool or schedule.shape != (steps, branches):
+        raise ValueError(f"a schedule is bool {(steps, branches)}, not "
+                         f"{str(schedule.dtype).removeprefix('torch.')} {tuple(schedule.shape)}")
     if not schedule[0].all():
         raise ValueError("row 0 must compute every branch")
     reused = int((~schedule).sum())
-    if 2 * reused < schedule.size:
-        raise ValueError(f"its CUR is {100 * reused / schedule.size:.2f} %, below 50 %")
+    if 2 * reused < schedule.numel():
+        raise ValueError(f"its CUR is {100 * reused / schedule.numel():.2f} %, below 50 %")
 
 
-def ask(student, seconds, gigabytes, steps, branches):
+def ask(course, student, seconds, gigabytes, steps, branches):
     """Runs a submission -> its schedule, bool (T, K), and the processor time that it took.
     Raises ValueError with the reason if it returns no such schedule in time."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        out, errors = Path(folder) / "schedule.npz", Path(folder) / "errors.txt"
-        arguments = [sys.executable, __file__, "--compute", student.resolve(), out,
-                     "--seconds", seconds, "--memory", gigabytes]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                       "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-        with errors.open("wb") as stream:
-            process = subprocess.Popen(
-                [str(argument) for argument in arguments], cwd=folder, env=environment,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.wait(timeout=4 * seconds + 60)  # more, as it may get less than a core
-            except subprocess.TimeoutExpired as error:
-                raise ValueError("it did not end: is it waiting for something?") from error
-            finally:
-                end(process)
-        if process.returncode == -getattr(signal, "SIGXCPU", 0) != 0:
-            raise ValueError(f"it took more than {seconds:g} s of processor time")
-        if process.returncode != 0 or not out.is_file():
-            raise ValueError(reason(errors, process.returncode))
-        if out.stat().st_size > 10**6:
-            raise ValueError("what it returned is no schedule: it has more than 1 MB")
-        try:
-            with np.load(out, allow_pickle=False) as data:
-                schedule, spent = data["schedule"], float(data["seconds"])
-        except Exception as error:  # the file holds whatever the submission put there
-            raise ValueError("what it returned is not an array of numbers") from error
+    patience = 4 * seconds + 60  # more, as it may get less than a core
+    try:
+        with sandbox.Submission(course, student, patience, gigabytes * 1e9,
+                                processor=1.25 * seconds + 1) as submission:
+            answer = submission.probe("make_schedule", None, steps, branches, seconds)
+    except sandbox.Failed as error:
+        raise ValueError(str(error)) from error
+    return accept(answer, seconds, steps, branches)
+
+
+def accept(answer, seconds, steps, branches):
+    """What a submission returned -> the schedule and the seconds, or ValueError."""
+    if not isinstance(answer, list) or len(answer) != 2:
+        raise ValueError("what it returned is no schedule")
+    schedule, spent = answer
     check(schedule, steps, branches)
+    if not isinstance(spent, float) or not 0 <= spent < MOST_SECONDS:  # nan is not either
+        raise ValueError("the processor time that it claims is no time")
     if spent > 1.1 * seconds + 0.5:
         raise ValueError(f"it took {spent:.1f} s of processor time, not {seconds:g}")
-    return torch.from_numpy(schedule), spent
-
-
-def end(process):
-    """Ends a process and the processes that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-
-
-def reason(errors, code):
-    """The last line of a process's error output: of a traceback, this is the exception."""
-    lines = errors.read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
-    text = lines[-1] if lines else f"it ended the process (exit code {code})"
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:110]
+    return schedule, spent
 
 
 @torch.no_grad()
@@ -200,16 +127,18 @@ def rank(submissions, images, seed, seconds, gigabytes):
 
     named = [(name, router.named(name, steps, branches)) for name in TO_COMPARE]
     rows, refused = [score(f"({name})", schedule) for name, schedule in named], {}
-    for student in submissions:
-        name = command.one_line(student.parent.name)
-        print(f"{name} ...", flush=True)
-        try:
-            if why := folders.trouble(student.parent):
-                raise ValueError(why)
-            schedule, spent = ask(student, seconds, gigabytes, steps, branches)
-            rows.append(score(name, schedule, spent))
-        except (ValueError, OSError) as error:
-            refused[name] = str(error)
+    with sandbox.Course(HERE, "everything") as course:
+        print(f"Submissions run {course.words}.", flush=True)
+        for student in submissions:
+            name = command.one_line(student.parent.name)
+            print(f"{name} ...", flush=True)
+            try:
+                if why := folders.trouble(student.parent):
+                    raise ValueError(why)
+                schedule, spent = ask(course, student, seconds, gigabytes, steps, branches)
+                rows.append(score(name, schedule, spent))
+            except (ValueError, OSError) as error:
+                refused[name] = command.one_line(error)[:LONGEST]
     return sorted(rows, key=lambda row: row.fid), refused
 
 
@@ -233,11 +162,9 @@ def main():
     parser.add_argument("--seed", type=command.seed, default=0, help="of the noise (0)")
     parser.add_argument("--seconds", type=command.finite, default=30,
                         help="processor time for a schedule (30)")
-    parser.add_argument("--memory", type=command.finite, default=4, help="memory limit, GB (4)")
-    parser.add_argument("--compute", nargs=2, help=argparse.SUPPRESS)  # how `ask` starts it
+    parser.add_argument("--memory", type=command.finite, default=4,
+                        help="memory limit, GB beside torch (4)")
     args = parser.parse_args()
-    if args.compute:
-        return compute(*args.compute, args.seconds, args.memory)
     for flag, value, least, most in (
         ("images", args.images, 2, MOST_IMAGES), ("seconds", args.seconds, 0.01, MOST_SECONDS),
         ("memory", args.memory, 0.01, MOST_GIGABYTES),
@@ -253,7 +180,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if "--compute" in sys.argv:  # let a submission's error print its traceback: `reason` reads it
-        main()
-    else:
-        command.run(main)
+    command.run(main)

@@ -1,5 +1,5 @@
-"""Makes the zip for students: the modules, data, models, notebooks and assignments, without this
-folder and without a line of any solution.
+"""Makes the zip for students: the modules, their tests, data, models, notebooks and assignments,
+without this folder, the tests of grading, and a line of any solution.
 
     python notebooks/assignments/lecturer/release.py --out release.zip
 
@@ -34,17 +34,19 @@ import zipfile  # noqa: E402
 import command  # noqa: E402
 
 ASSIGNMENT = ("README.md", "student.py", "cases.py", "test_student.py", "plots.ipynb",
-              "leaderboard.py", "conftest.py")  # what belongs to an assignment
+              "probes.py", "leaderboard.py", "conftest.py")  # what belongs to an assignment
+COMMON = "conftest", "folders", "comparing", "messages", "runner", "sandbox"  # to all of them
 KNOWN = (
     "*.py", "README.md", "LICENSE*", "Makefile", "pyproject.toml", "requirements*.txt",
     "constraints.txt", "data/*.npz", "data/*.csv", "data/*.txt", "data/README.md",
     "checkpoints/*.safetensors", "checkpoints/*.npz", "checkpoints/README.md",
     "checkpoints/table/*.json", "checkpoints/table/*.safetensors", "docs/*.md", "docs/*.png",
-    "experiments/*.py", "notebooks/*.ipynb", "notebooks/*.py", "notebooks/README.md",
-    "notebooks/assignments/README.md", "notebooks/assignments/conftest.py",
-    "notebooks/assignments/folders.py",
+    "experiments/*.py", "notebooks/*.ipynb", "notebooks/*.py", "notebooks/README.md", "tests/*.py",
+    "notebooks/assignments/README.md",
+    *(f"notebooks/assignments/{name}.py" for name in COMMON),
     *(f"notebooks/assignments/a[0-9]*/{name}" for name in ASSIGNMENT),
 )  # fmt: skip
+KEPT_BACK = "test_assignments.py", "test_grading.py"  # they need the lecturer's folder
 SUBSTANTIAL = 30  # characters
 
 
@@ -54,7 +56,8 @@ def released_files():
     foreign = untracked()
     found = {path.relative_to(ROOT) for pattern in KNOWN for path in ROOT.glob(pattern)
              if is_own(path)}
-    found = {path for path in found if path.as_posix() not in foreign}
+    found = {path for path in found
+             if path.as_posix() not in foreign and path.name not in KEPT_BACK}
     folders = ("data", "checkpoints", "docs", "experiments", "notebooks")
     beside = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")}
     stay = collections.Counter(
