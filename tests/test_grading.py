@@ -264,22 +264,25 @@ def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
         (folder / name).touch()
     (folder / "pipe").mkdir()
     os.mkfifo(folder / "pipe" / "student.py")
-    for name in ("nested/inner", "capital"):
+    for name in ("nested/inner", "capital", "link"):
         (folder / name).mkdir(parents=True)
     shutil.copy(folder / "fine" / "student.py", folder / "nested" / "inner")
     shutil.copy(folder / "fine" / "student.py", folder / "capital" / "Student.py")
+    (folder / "link" / "student.py").symlink_to(  # it could be the solution
+        tiny[0] / "notebooks/assignments/lecturer/solutions/a9_tiny/student.py")
     answer = run(tiny[0] / GRADE, "a9_tiny", folder, "--out", "out/grades", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     reasons = {
         "ada.py": "not in a folder of its own: put it at ada/student.py",
         "capital": "there is no student.py, but Student.py: rename it",
         "nested": f"there is no student.py, but inner{os.sep}student.py: move it up",
-        "missing": "there is no student.py", "pipe": "its student.py is not an ordinary file",
+        "missing": "there is no student.py", "link": "its student.py is not an ordinary file",
+        "pipe": "its student.py is not an ordinary file",
         "the_seed": "task9_1: one of a seed: the number is 50 and should be 51. Likely mistake: "
                     "the seed itself", "fine": ""}
     lines = answer.stdout.splitlines()
     assert lines[0].startswith("Submissions run ")
-    assert "6 submissions, 2.2 of 7 points on average" in lines[-1]
+    assert "7 submissions, 1.9 of 7 points on average" in lines[-1]
     warnings = [line for line in answer.stderr.splitlines() if line.startswith("warning")]
     assert warnings == [f"warning: left out of {folder}: 2 hidden (.DS_Store, __MACOSX); "
                         "1 not in a folder of its own (ada.py)"]
@@ -296,7 +299,7 @@ def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
     assert content["not_graded"] == {"ada.py": reasons["ada.py"]}
 
 
-def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
+def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path, monkeypatch):
     root, submissions = tiny
     grade = script("grade", root)
     with pytest.raises(ValueError, match="no assignment a8: there are a9_tiny"):
@@ -307,6 +310,11 @@ def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
     with pytest.raises(ValueError, match="NAME/student.py; ada.py: .* put it at ada/student.py"), \
             pytest.warns(UserWarning):
         grade.grade("a9_tiny", tmp_path)
+    (tmp_path / "proxy.py").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(grade.sandbox.sysconfig, "get_path", lambda _: tmp_path)
+        with pytest.raises(OSError, match="grade with another environment"):
+            grade.grade("a9_tiny", submissions)
     broken = shutil.copytree(root, tmp_path / "broken")
     cases = broken / "notebooks/assignments/lecturer/solutions/a9_tiny/cases.py"
     cases.write_text("SEEDS = ('x',)\n")

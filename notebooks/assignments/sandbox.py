@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -112,11 +113,15 @@ class Course:
     and of probes.py, and the way in which processes are shut in here. `needs` "everything" copies
     every module, the data and the models.
 
-    `with Course(...) as course:` removes the folder at the end.
+    `with Course(...) as course:` removes the folder at the end. Raises OSError if the Python that
+    submissions run with holds all modules already.
     """
 
     def __init__(self, assignment, needs, way=None):
         clear_left_behind()
+        if needs != "everything" and (Path(sysconfig.get_path("purelib")) / "proxy.py").is_file():
+            raise OSError("`pip install .` put the project's modules into this Python: a submission "
+                          "could import what it is to write; grade with another environment")
         self.folder = Path(tempfile.mkdtemp(prefix=TEMPORARY.format(os.getpid())))
         self.folder.chmod(0o755)  # nobody has to read it
         self.copy = self.folder / "course"
@@ -238,13 +243,13 @@ def check_imports(file, needs):
     if needs == "everything":
         return
     allowed = {path.stem for path in imported(needs)}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         for name in names:
             if (ROOT / f"{name}.py").is_file() and name not in allowed:
-                raise Failed(f"student.py imports {name}, which holds what you are to write: it is "
-                             f"not there in grading, only {', '.join(sorted(allowed))}")
+                raise Failed(f"student.py imports {name}, which is not there in grading; of this "
+                             f"repository's modules {', '.join(sorted(allowed))} are")
 
 
 class Submission(Asked):
@@ -391,8 +396,9 @@ def kill(process):
 
 
 def end(process):
-    kill(process)
-    process.wait()
+    if process.returncode is None:  # later its number may be another's
+        kill(process)
+        process.wait()
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
             stream.close()
