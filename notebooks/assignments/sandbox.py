@@ -120,8 +120,8 @@ class Course:
     def __init__(self, assignment, needs, way=None):
         clear_left_behind()
         if needs != "everything" and (Path(sysconfig.get_path("purelib")) / "proxy.py").is_file():
-            raise OSError("`pip install .` put the project's modules into this Python: a submission "
-                          "could import what it is to write; grade with another environment")
+            raise OSError("`pip install .` put all modules into this Python, so that a submission "
+                          "could import what it is to write: grade with another environment")
         self.folder = Path(tempfile.mkdtemp(prefix=TEMPORARY.format(os.getpid())))
         self.folder.chmod(0o755)  # nobody has to read it
         self.copy = self.folder / "course"
