@@ -349,7 +349,7 @@ class Submission(Asked):
         if code == OUT_OF_TIME and self.processor:
             return f"it took more than {self.processor:g} s of processor time"
         if code == -getattr(signal, "SIGKILL", 0) or code == 1:  # 1: what unshare says of it
-            return "it ended, or the system ended it at a limit"
+            return "it ended, or the system ended it at a limit (memory, threads)"
         return f"it ended the process (exit code {code})"
 
     def _result(self, name, reply):
