@@ -181,12 +181,15 @@ REFUSED = {  # what a submission tries, and what must not come of it
     "reads": "open({secret!r}).read(); return 2",
     "lists": "os.listdir({folder!r}); return 2",
     "writes": "open({outside!r}, 'w').write('x'); return 2",
+    "moves": "os.rename('own', {outside!r}); return 2",
+    "sends": "import socket as s; s.socket(type=s.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
     "removes": "os.remove({secret!r}); return 2",
     "forks": "os.fork(); return 2",
     "runs": "os.system('touch ' + {outside!r}); return 2",
     "connects": "import socket; socket.socket().connect(('127.0.0.1', 9)); return 2",
     "gets_round_python": "import ctypes; return ctypes.CDLL(None).getpid() and 2",
     "fills_the_disk": "[open('x', 'ab').write(bytes(10**6)) for _ in range(99)]; return 2",
+    "fills_memory": "return sum(os.write(os.memfd_create('x'), bytes(9**7)) for _ in range(99))",
 }
 
 
@@ -202,7 +205,8 @@ def test_what_is_refused_is_refused_in_every_way_that_works_here(tiny, tmp_path,
     names = {"secret": str(secret), "outside": str(outside), "folder": str(tmp_path)}
     student = tmp_path / "student.py"
     functions = [f"def {name}():\n    {code.format(**names)}\n" for name, code in REFUSED.items()]
-    student.write_text("import os\n" + "".join(functions) + "def two(): return 2\n")
+    student.write_text("import os\nopen('own', 'w').close()\ndef two(): return 2\n"
+                       + "".join(functions))
     with sandbox.Course(tmp_path / "none", (), ways[number]) as course:
         try:
             asked = sandbox.Submission(course, student, 60, 10**9)
@@ -216,6 +220,32 @@ def test_what_is_refused_is_refused_in_every_way_that_works_here(tiny, tmp_path,
             assert asked.two() == 2
     assert secret.read_text() == "solutions" and not outside.exists()
     assert not course.folder.exists()
+
+
+def test_who_answers_ahead_and_reads_nothing_more_is_late(tiny, tmp_path):
+    """What is sent next is more than a pipe holds: writing it must not wait for ever."""
+    sandbox = script("grade", tiny[0]).sandbox
+    student = tmp_path / "student.py"
+    student.write_text("import sys\ndef one(x):\n frame = sys._getframe(2)\n"
+                       " frame.f_globals['say'](frame.f_locals['replies'], {'number': 1, "
+                       "'result': 2, 'arguments': [x]})\n while True: pass\n")
+    with sandbox.Course(tmp_path / "none", (), list(sandbox.ways())[-1]) as course, \
+            sandbox.Submission(course, student, 60, 10**9) as asked:
+        assert asked.one(1) == 2
+        asked.give(0.5)
+        with pytest.raises(sandbox.Ended, match="more than the time limit"):
+            asked.one("x" * 10**6)
+
+
+@pytest.mark.parametrize("found, expected, words", [
+    (0.0, math.inf, "is 0 and should be inf"), (math.nan, 0.0, "is nan"),
+    (True, 1.0, "a float is wanted"), (math.inf, math.inf, None), (0, 0.0, None),
+])
+def test_numbers_are_compared_as_numbers(tiny, found, expected, words):
+    script("grade", tiny[0])  # has comparing.py on the path
+    from comparing import difference
+    assert difference(found, expected, 1e-6) == "" if words is None else (
+        words in difference(found, expected, 1e-6))
 
 
 GRADE = "notebooks/assignments/lecturer/grade.py"
@@ -234,22 +264,25 @@ def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
         (folder / name).touch()
     (folder / "pipe").mkdir()
     os.mkfifo(folder / "pipe" / "student.py")
-    for name in ("nested/inner", "capital"):
+    for name in ("nested/inner", "capital", "link"):
         (folder / name).mkdir(parents=True)
     shutil.copy(folder / "fine" / "student.py", folder / "nested" / "inner")
     shutil.copy(folder / "fine" / "student.py", folder / "capital" / "Student.py")
+    (folder / "link" / "student.py").symlink_to(  # it could be the solution
+        tiny[0] / "notebooks/assignments/lecturer/solutions/a9_tiny/student.py")
     answer = run(tiny[0] / GRADE, "a9_tiny", folder, "--out", "out/grades", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     reasons = {
         "ada.py": "not in a folder of its own: put it at ada/student.py",
         "capital": "there is no student.py, but Student.py: rename it",
         "nested": f"there is no student.py, but inner{os.sep}student.py: move it up",
-        "missing": "there is no student.py", "pipe": "its student.py is not an ordinary file",
+        "missing": "there is no student.py", "link": "its student.py is not an ordinary file",
+        "pipe": "its student.py is not an ordinary file",
         "the_seed": "task9_1: one of a seed: the number is 50 and should be 51. Likely mistake: "
                     "the seed itself", "fine": ""}
     lines = answer.stdout.splitlines()
     assert lines[0].startswith("Submissions run ")
-    assert "6 submissions, 2.2 of 7 points on average" in lines[-1]
+    assert "7 submissions, 1.9 of 7 points on average" in lines[-1]
     warnings = [line for line in answer.stderr.splitlines() if line.startswith("warning")]
     assert warnings == [f"warning: left out of {folder}: 2 hidden (.DS_Store, __MACOSX); "
                         "1 not in a folder of its own (ada.py)"]
@@ -266,7 +299,7 @@ def test_the_grade_command_writes_csv_and_json(tiny, tmp_path):
     assert content["not_graded"] == {"ada.py": reasons["ada.py"]}
 
 
-def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
+def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path, monkeypatch):
     root, submissions = tiny
     grade = script("grade", root)
     with pytest.raises(ValueError, match="no assignment a8: there are a9_tiny"):
@@ -277,6 +310,11 @@ def test_mistakes_of_the_lecturer_are_errors(tiny, tmp_path):
     with pytest.raises(ValueError, match="NAME/student.py; ada.py: .* put it at ada/student.py"), \
             pytest.warns(UserWarning):
         grade.grade("a9_tiny", tmp_path)
+    (tmp_path / "proxy.py").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(grade.sandbox.sysconfig, "get_path", lambda _: tmp_path)
+        with pytest.raises(OSError, match="grade with another environment"):
+            grade.grade("a9_tiny", submissions)
     broken = shutil.copytree(root, tmp_path / "broken")
     cases = broken / "notebooks/assignments/lecturer/solutions/a9_tiny/cases.py"
     cases.write_text("SEEDS = ('x',)\n")

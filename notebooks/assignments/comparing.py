@@ -13,7 +13,8 @@ def check(condition, words):
 
 def same(found, expected, what, tolerance=1e-10, likely=None):
     """Raises AssertionError unless `found` is `expected`: a tensor of the same type and shape, or a
-    number, or a list. Numbers may differ by tolerance (1 + |expected|); 0 allows no difference.
+    number (an int will do for a float), or a list. Numbers may differ by
+    tolerance (1 + |expected|); 0 allows no difference.
 
     `what` names the value; `likely` is {a mistake, in words: what comes out of it}.
     """
@@ -42,8 +43,8 @@ def difference(found, expected, tolerance):
         if not all(isinstance(item, bool | int | float) for item in (*found, *expected)):
             return "" if list(found) == list(expected) else (
                 f"it is {short(found)}, not {short(list(expected))}")
-    elif isinstance(expected, float) and not isinstance(expected, bool):
-        if not isinstance(found, float):
+    elif isinstance(expected, float):
+        if isinstance(found, bool) or not isinstance(found, int | float):
             return f"a float is wanted, not {short(found)}"
     elif type(found) is not type(expected):
         return f"it is {short(found)}, not {short(expected)}"
@@ -56,7 +57,8 @@ def first_difference(found, expected, tolerance):
         return "" if found == expected else f"it is {short(found)}, not {short(expected)}"
     a = torch.as_tensor(found).detach().double()
     b = torch.as_tensor(expected).detach().double()
-    good = (a == b) | ((a - b).abs() <= tolerance * (1 + b.abs()))
+    near = (a - b).abs() <= tolerance * (1 + b.abs())
+    good = (a == b) | (near & b.isfinite())  # to infinity everything is near
     if good.all():
         return ""
     place = (~good).nonzero()[0].tolist()

@@ -48,9 +48,12 @@ def pytest_terminal_summary(terminalreporter):
                 passed[task] = passed.get(task, True) and outcome == "passed"
     if not passed:
         return
+    partly = {task for item in terminalreporter.stats.get("deselected", ())
+              for task in points.keys() & set(item.keywords)}
     terminalreporter.section("points")
     earned = {task: points[task] if passed[task] else 0 for task in sorted(passed)}
     for task, number in earned.items():
-        terminalreporter.line(f"{task}: {number} of {points[task]}")
+        words = " (not all of its tests were run)" if task in partly else ""
+        terminalreporter.line(f"{task}: {number} of {points[task]}{words}")
     total = sum(points[task] for task in earned)
     terminalreporter.line(f"together: {sum(earned.values())} of {total}")

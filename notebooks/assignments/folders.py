@@ -46,7 +46,7 @@ def trouble(folder):
     """Why the submission in a folder cannot be run, in words; "" if it can."""
     found = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
     student = found.get("student.py")  # not by its path: some systems take Student.py for it
-    if student is not None and student.is_file():
+    if student is not None and student.is_file() and not student.is_symlink():
         size = student.stat().st_size
         return "" if size <= LARGEST else f"its student.py has {size:,} bytes: {LARGEST:,} at most"
     if student is not None:

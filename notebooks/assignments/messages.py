@@ -69,7 +69,9 @@ def read(stream):
     """
     sizes = HEAD.unpack(exactly(stream, HEAD.size))
     if any(size > most for size, most in zip(sizes, LARGEST, strict=True)):
-        raise ValueError(f"a message of {sum(sizes):,} bytes: {sum(LARGEST):,} at most")
+        found, most = (f"{text:,} bytes and {tensors:,} of tensors"
+                       for text, tensors in (sizes, LARGEST))
+        raise ValueError(f"a message of {found}: {most} at most")
     text, body = (exactly(stream, size) for size in sizes)
     try:
         return decode(json.loads(text), io.BytesIO(body))

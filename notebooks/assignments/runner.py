@@ -17,23 +17,27 @@ import messages
 
 OUT_OF_TIME = 124  # the exit code
 FILE_BYTES = 10_000_000  # of a file that it writes
+FILES = 64  # open at once: files without a name take memory that no other limit counts
 REFUSED = ("subprocess.Popen", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn",
-           "os.system", "os.startfile", "os.kill", "os.killpg", "socket.connect", "socket.bind",
-           "ctypes.dlopen", "ctypes.dlsym", "ctypes.dlsym/handle", "os.chown", "os.chmod")
+           "os.system", "os.startfile", "os.kill", "os.killpg", "socket.__new__",
+           "socket.getaddrinfo", "socket.gethostbyname", "sqlite3.connect", "ctypes.dlopen",
+           "ctypes.dlsym", "ctypes.dlsym/handle", "os.chown", "os.chmod")
 READS = ("os.listdir", "os.scandir", "os.chdir")
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
           "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile")
+TWO_PATHS = "os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"
 
 
 def limit(memory, processor):
     """Limits what this process takes from now on, where the system can: `memory` bytes more, no
-    further process or thread, small files; with `processor`, as many seconds of processor time."""
+    further process or thread, few and small files; with `processor`, as many seconds of processor
+    time."""
     try:
         import resource
     except ImportError:  # Windows
         return
     limits = {"RLIMIT_DATA": memory, "RLIMIT_NPROC": 0, "RLIMIT_FSIZE": FILE_BYTES,
-              "RLIMIT_CORE": 0}
+              "RLIMIT_NOFILE": FILES, "RLIMIT_CORE": 0}
     if sys.platform == "linux":  # maps of shared memory count too
         with open("/proc/self/statm") as file:
             limits["RLIMIT_AS"] = int(file.read().split()[0]) * resource.getpagesize() + memory
@@ -64,18 +68,18 @@ def guard(readable, folder):
             raise PermissionError(f"a submission must not use {event}")
         if event != "open" and event not in READS + WRITES:
             return
-        path = arguments[0]
-        if path is None or isinstance(path, int):
-            return
         writes = event in WRITES
         if event == "open":
             mode, flags = arguments[1:3]
             writes = any(letter in (mode or "") for letter in "wax+") or bool(
                 (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-        if writes and not within(path, [folder]):
-            raise PermissionError(f"a submission must not write {path}, outside its folder")
-        if not within(path, readable):
-            raise PermissionError(f"a submission must not read {path}")
+        for path in arguments[: 2 if event in TWO_PATHS else 1]:
+            if path is None or isinstance(path, int):
+                continue
+            if writes and not within(path, [folder]):
+                raise PermissionError(f"a submission must not write {path}, outside its folder")
+            if not within(path, readable):
+                raise PermissionError(f"a submission must not read {path}")
 
     sys.addaudithook(hook)
 

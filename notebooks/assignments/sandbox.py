@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -28,7 +29,7 @@ import messages  # noqa: E402
 
 import command  # noqa: E402
 
-TEMPORARY = "grade.{}."  # the temporary folders' prefix, with the number of the process
+TEMPORARY = "harmonica-grading.{}."  # the temporary folders' prefix, with the number of the process
 OUT_OF_TIME = 124  # the exit code that runner.py then has
 START_LIMIT = 300  # seconds until a process has imported the modules
 NOBODY = 65534
@@ -41,7 +42,7 @@ KEPT = "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT"  # of the envir
 # $1 an empty folder, $2 student.py, then the readable places, --, and the command.
 SHUT_IN = r"""
 set -e; umask 022; root=$1 student=$2; shift 2
-mount -t tmpfs -o size=64m,mode=755 none "$root"
+mount -t tmpfs -o size=64m,nr_inodes=10000,mode=755 none "$root"
 mkdir -m 777 "$root/work" "$root/proc" "$root/dev"
 cp "$student" "$root/work/student.py"
 mount -t proc proc "$root/proc"
@@ -112,11 +113,15 @@ class Course:
     and of probes.py, and the way in which processes are shut in here. `needs` "everything" copies
     every module, the data and the models.
 
-    `with Course(...) as course:` removes the folder at the end.
+    `with Course(...) as course:` removes the folder at the end. Raises OSError if the Python that
+    submissions run with holds all modules already.
     """
 
     def __init__(self, assignment, needs, way=None):
         clear_left_behind()
+        if needs != "everything" and (Path(sysconfig.get_path("purelib")) / "proxy.py").is_file():
+            raise OSError("`pip install .` put all modules into this Python, so that a submission "
+                          "could import what it is to write: grade with another environment")
         self.folder = Path(tempfile.mkdtemp(prefix=TEMPORARY.format(os.getpid())))
         self.folder.chmod(0o755)  # nobody has to read it
         self.copy = self.folder / "course"
@@ -132,6 +137,8 @@ class Course:
             self.modules.append("probes")
         for file in [*files, *imported(named)]:
             shutil.copy(file, self.copy)
+        for path in [self.copy, *self.copy.rglob("*")]:
+            path.chmod(0o755)  # even if the lecturer's own files are not for everyone
         self.words, *self.way = way or find_way(self)
 
     def __enter__(self):
@@ -236,13 +243,13 @@ def check_imports(file, needs):
     if needs == "everything":
         return
     allowed = {path.stem for path in imported(needs)}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         for name in names:
             if (ROOT / f"{name}.py").is_file() and name not in allowed:
-                raise Failed(f"student.py imports {name}, which holds what you are to write: it is "
-                             f"not there in grading, only {', '.join(sorted(allowed))}")
+                raise Failed(f"student.py imports {name}, which is not there in grading; of this "
+                             f"repository's modules {', '.join(sorted(allowed))} are")
 
 
 class Submission(Asked):
@@ -261,6 +268,8 @@ class Submission(Asked):
         own = self.folder / "work"
         own.mkdir()
         shutil.copyfile(student, own / "student.py")
+        for path in (own, own / "student.py"):
+            path.chmod(0o755)
         outer, inner, user = course.way
         executable, places = python()
         words, options = [*inner, executable, "-B", str(course.copy / "runner.py")], {}
@@ -280,10 +289,9 @@ class Submission(Asked):
                     "processor": processor, "readable": [
                         *places, str(course.copy), "/proc/self", "/proc/cpuinfo", "/dev/urandom"]}
         try:
-            self._write(settings)
-            self._result("the start", self._read(START_LIMIT))
+            self._result("the start", self._reply(START_LIMIT, settings))
             self.give(seconds)
-            self._result("import", self._read(self.seconds()))
+            self._result("import", self._reply(self.seconds()))
         except BaseException:
             self.close()
             raise
@@ -297,8 +305,8 @@ class Submission(Asked):
 
     def ask(self, name, arguments, probe):
         self.number += 1
-        self._write({"number": self.number, "name": name, "arguments": arguments, "probe": probe})
-        reply = self._read(self.seconds())
+        reply = self._reply(self.seconds(), {"number": self.number, "name": name,
+                                             "arguments": arguments, "probe": probe})
         if reply.get("number") != self.number:  # something else wrote: nothing after it counts
             end(self.process)
             raise Ended(f"{name} gave no answer")
@@ -307,17 +315,15 @@ class Submission(Asked):
             check_unchanged(name, arguments, reply["arguments"])
         return result
 
-    def _write(self, request):
-        try:
-            messages.write(self.process.stdin, request)
-        except OSError:  # it has ended: reading tells how
-            return
-
-    def _read(self, seconds):
-        """The next reply. Raises Failed if it does not come in time, or is none."""
+    def _reply(self, seconds, request=None):
+        """Writes the request, if any -> the next reply. Raises Failed if it does not come in time
+        (a process that does not read what is written to it counts as late too), or is none."""
         timer = threading.Timer(seconds, self._too_late)
         timer.start()
         try:
+            if request is not None:
+                with contextlib.suppress(OSError):  # it has ended: reading tells how
+                    messages.write(self.process.stdin, request)
             reply = messages.read(self.process.stdout)
         except EOFError:
             end(self.process)
@@ -343,7 +349,7 @@ class Submission(Asked):
         if code == OUT_OF_TIME and self.processor:
             return f"it took more than {self.processor:g} s of processor time"
         if code == -getattr(signal, "SIGKILL", 0) or code == 1:  # 1: what unshare says of it
-            return "it ended, or the system ended it at a limit"
+            return "it ended, or the system ended it at a limit (memory, threads)"
         return f"it ended the process (exit code {code})"
 
     def _result(self, name, reply):
@@ -390,8 +396,9 @@ def kill(process):
 
 
 def end(process):
-    kill(process)
-    process.wait()
+    if process.returncode is None:  # later its number may be another's
+        kill(process)
+        process.wait()
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
             stream.close()
