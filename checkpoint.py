@@ -340,8 +340,9 @@ def read_official_router(path):
         return logits, about_official(args, learning_to_cache)
     except Exception as error:  # whatever else a dict, its rows and its flags may be
         raise ValueError(
-            f"{path} is not a router file of HarmoniCa or Learning-to-Cache: it has no `routers` "
-            "with rows 0.prob, 1.prob, ... of equal length"
+            f"{path} is not a router file of HarmoniCa or Learning-to-Cache: it has no "
+            "`routers` with rows 0.prob, 1.prob, ... of equal length (for U-ViT an even number of "
+            "them, without `routers`)"
         ) from error
 
 
@@ -355,7 +356,10 @@ def uvit_rows(rows):
     the noisiest, is that of step s of order 2, so of evaluation 2 s, which may reuse what the
     evaluation in the middle of the step before has computed. All else computes: step 0, and every
     middle. The rows from T / 2 on belong to no step, and stay as they were drawn."""
-    rows = torch.stack([rows[f"{i}.prob"] for i in range(len(rows))]).float()
+    rows = torch.stack([rows[f"{i}.prob"] for i in range(len(rows))])
+    if not rows.is_floating_point() or len(rows) % 2:
+        raise ValueError(f"its {len(rows)} rows are {rows.dtype}")
+    rows = rows.float()
     logits = torch.full_like(rows, ALWAYS)
     logits[2::2] = rows[1 : len(rows) // 2]
     return logits

@@ -361,16 +361,17 @@ def run(model, sampler, settings, budget, noises, items, out, values):
 def main():
     args = read_flags()
     device = models.find_device(args.device)
-    if args.sampler and args.steps:
-        models.make_sampler(args.model, args.sampler, args.steps)  # complains before a download
+    # What needs no network is checked before its download.
+    model = models.outline(args.model, args.dtype)
+    steps = model.steps if args.steps is None else args.steps
+    sampler = models.make_sampler(args.model, args.sampler or model.sampler, steps)
+    if steps > MOST_STEPS:
+        raise ValueError(f"a search is for {MOST_STEPS} --steps at most, not {steps}")
+    budget = make_budget(model, steps, args.speedup, args.cur)
+    budget.check(even(steps, budget))
     model = models.load(args.model, args.weights, "cpu", args.dtype)
     models.choose_kernels(device)
     settings = settings_of(args, model, device)
-    sampler = models.make_sampler(model.name, settings["sampler"], settings["steps"])
-    if settings["steps"] > MOST_STEPS:
-        raise ValueError(f"a search is for {MOST_STEPS} --steps at most, not {settings['steps']}")
-    budget = make_budget(model, settings["steps"], args.speedup, args.cur)
-    budget.check(even(settings["steps"], budget))
     asked = f"{args.speedup:g}x" if args.cur is None else f"cur{args.cur:g}"
     out = args.out or Path("runs") / f"search-{args.model}-{asked}"
     for name in ("router.safetensors", "state.pt"):

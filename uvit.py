@@ -8,8 +8,8 @@ It reads like dit.py beside it. What differs:
       only: no shift, scale or gate
     - positions are learned, also those of the two tokens
     - LayerNorm has weights and an eps of 1e-5, the MLP the exact GELU, attention no bias for q k v
-    - the noise is predicted, no variance, on all channels with guidance
-    - timesteps are those of its own noise schedule, from 1 to 1000 (see samplers.DPMSolver)
+    - the noise is predicted without a variance, and all channels are guided
+    - timesteps are those of its own noise schedule, from 1 to 1000 (see dpm_solver.py)
 
     import uvit
     network = uvit.UViT(**uvit.SIZES["H/2"])        # 501 M parameters
@@ -26,8 +26,9 @@ import checkpoint
 from dit import Attention, Mlp, PatchEmbedder, compute, timestep_embedding
 
 # ------------------------------------------------------------------------------------------------
-# Sizes (table 1 of the paper; the patch size follows the slash). The last class is the null label;
-# the two for 64 x 64 pixels have none, as they were trained without guidance.
+# Sizes (table 1 of the paper; the patch size follows the slash). The last class is the null label.
+# The two for 64 x 64 pixels of ImageNet have none, as they were trained without guidance: their
+# 1,000 classes are all real, so `condition` is not for them.
 
 WIDTHS = {  # name: (D, L, heads)
     "S": (512, 12, 8),
@@ -210,17 +211,6 @@ class UViT(nn.Module):
         return (2 * (N - self.extras) * patch * D + 2 * N * D * patch
                 + (2 * 8 * D * D if isinstance(self.time_embed, nn.Sequential) else 0)
                 + (convolution if isinstance(self.final_layer, nn.Conv2d) else 0))
-
-
-def initialize(network):
-    """The official initialisation, for training from scratch."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.trunc_normal_(network.pos_embed, std=0.02)
-    return network
 
 
 # ------------------------------------------------------------------------------------------------

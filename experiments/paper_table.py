@@ -15,7 +15,8 @@ HarmoniCa with the official code's cumulative proxy. Some methods are not in the
 "direct" trains on the image error itself. Routers that are not in checkpoints/table are trained
 first, with --target-cur.
 
-A U-ViT has rows of DeepCache and Faster Diffusion too, which reuse hidden states (deepcache.py).
+With dpm-solver-2s a U-ViT has rows of DeepCache and Faster Diffusion too, which reuse hidden states
+(deepcache.py).
 
 For each of the --speedups there are rows of equal arithmetic: fewer steps without a cache, whole
 steps evenly spaced with forecasts of order 0, 1 and 2, and the schedule that search.py finds.
@@ -63,7 +64,7 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "table"
 FEWER = {("ddim", 50): 39, ("ddim", 20): 14, ("ddim", 10): 9, ("dpm-solver++", 20): 15,
          ("ddpm", 100): 75, ("sa-solver", 25): 20}  # steps of the paper's own first baseline
-HIDDEN = {  # method, for a U-ViT: T -> its cache
+HIDDEN = {  # method, for a U-ViT with dpm-solver-2s: T -> its cache
     "DeepCache, m = 1": lambda T: DeepCache(key_evaluations(T, "middles"), 1),
     "DeepCache, m = 2": lambda T: DeepCache(key_evaluations(T, "middles"), 2),
     "DeepCache, m = 1, keys at starts": lambda T: DeepCache(key_evaluations(T, "starts"), 1),

@@ -50,6 +50,8 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.num_samples <= MOST_IMAGES:
         raise ValueError(f"--num-samples must be 1 to {MOST_IMAGES:,}, all at once")
+    if args.router is None and models.outline(args.model).router is None:
+        raise ValueError(f"no router is shipped for {args.model}: name one by --router")
     model = models.load(args.model)
     models.choose_kernels(model.device)
     file = routers.load(args.router or model.router)

@@ -163,11 +163,10 @@ def main():
     training.add_start_flag(parser)
     parser.add_argument("--cost", action="store_true", help="measure time and memory, train none")
     args = parser.parse_args()
-    model = models.load(args.model, args.weights, args.device, args.dtype)
+    model = models.outline(args.model, args.dtype)
     if model.text:
         raise ValueError(f"{args.model} takes prompts: this experiment is for models that take "
                          "labels")
-    models.choose_kernels(model.device)
     measure = vars(args).pop("cost")
     steps = STEPS if args.steps is None else args.steps
     defaults = training.for_steps(DEFAULTS, steps) | {"beta": DEFAULTS["beta"]}  # for every T
@@ -176,6 +175,9 @@ def main():
         "sampler": args.sampler or model.sampler,
         "guidance": model.guidance if args.guidance is None else args.guidance,
     }
+    models.make_sampler(args.model, settings["sampler"], steps)  # complains before a download
+    model = models.load(args.model, args.weights, args.device, args.dtype)
+    models.choose_kernels(model.device)
     if measure:
         cost(model, settings)
         return

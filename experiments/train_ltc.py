@@ -192,16 +192,26 @@ def evaluate(network, y, x, t, cache=None):
     return network(x, torch.full((len(x),), t, device=x.device), y, cache=cache)
 
 
+def plan(name, sampler, steps):
+    """-> the sampler of a model, by its name, and the rows to learn. Raises ValueError for another
+    sampler than DDIM, or U-ViT's of order 2, and for a T without such rows."""
+    kind = sampler_name(sampler)
+    if kind not in SINGLE_STEPS:
+        raise ValueError("Learning-to-Cache trains along single steps: use --sampler ddim, or "
+                         "dpm-solver-2s for a U-ViT")
+    rows = learned_rows(steps, kind)
+    if not rows:
+        raise ValueError(f"at T = {steps} no evaluation may reuse: use more --steps")
+    return models.make_sampler(name, kind, steps), rows
+
+
 def train(model, settings, out, draw, resume=False, files=()):
     """Learning-to-Cache's training, new or resumed, in the folder `out`. A "trajectory" of the log
     is as many iterations as there are learned rows, each on a row drawn at random. `files` names
     the images, if `draw` reads them: with others the run is not resumed.
-    -> a dict of results. Raises ValueError for another sampler than DDIM, or U-ViT's of order 2."""
+    -> a dict of results. Raises ValueError as `plan` does."""
     name, steps, B = sampler_name(settings["sampler"]), settings["steps"], settings["batch_size"]
-    if name not in SINGLE_STEPS:
-        raise ValueError("Learning-to-Cache trains along single steps: use --sampler ddim, or "
-                         "dpm-solver-2s for a U-ViT")
-    sampler, rows = models.make_sampler(model.name, name, steps), learned_rows(steps, name)
+    sampler, rows = plan(model.name, name, steps)
     classes = model.network.num_classes
 
     router = make_router(steps, len(model.network.branches), settings["seed"], rows)
@@ -244,15 +254,18 @@ def main():
     if args.target_cur is not None and args.target_cur >= 0.5:
         raise ValueError("Learning-to-Cache reuses at every other step at most: --target-cur must "
                          "be below 0.5")
-    classes = list_classes(args.images) if args.images else None  # complains before a download
-    model = models.load(args.model, args.weights, args.device, args.dtype)
+    # What needs no network is checked before its download.
+    model = models.outline(args.model, args.dtype)
     if model.text:
         raise ValueError(f"{args.model} takes prompts: Learning-to-Cache is for models that take "
                          "labels")
-    models.choose_kernels(model.device)
     sampler = args.sampler or (model.sampler if model.name in models.UVIT else "ddim")
     settings |= {"objective": "learning-to-cache", "proxy": "none", "guidance": 1.0,
                  "steps": model.steps if args.steps is None else args.steps, "sampler": sampler}
+    plan(args.model, sampler, settings["steps"])
+    classes = list_classes(args.images) if args.images else None
+    model = models.load(args.model, args.weights, args.device, args.dtype)
+    models.choose_kernels(model.device)
     if args.images:
         draw = folder(args.images, model, models.load_autoencoder(model, args.vae), classes)
     else:

@@ -374,6 +374,10 @@ def test_a_router_of_no_search_is_left_alone(tmp_path, monkeypatch, capsys):
     (["--steps", "101"], "100 --steps at most"),
     (["--sampler", "euler", "--steps", "9"], "unknown sampler"),
     (["--seed", "-1"], "a seed is"),
+    # Before a download: there is no network here, and uvit512 has no address at all.
+    (["--model", "uvit512", "--steps", "7"], "T must be even"),
+    (["--model", "uvit512", "--sampler", "ddim"], "cannot be sampled with ddim"),
+    (["--model", "uvit512", "--cur", "0.96"], "at most 0.950"),
 ])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, args, words):
     with pytest.raises(SystemExit) as stop:

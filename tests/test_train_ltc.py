@@ -211,6 +211,12 @@ def test_another_sampler_is_refused(tmp_path):
         train_ltc.train(tiny_model(), settings(sampler="ddpm"), tmp_path / "run", draw)
 
 
+def test_steps_that_leave_nothing_to_learn_are_refused():
+    assert train_ltc.plan("uvit256", "dpm-solver-2s", 4)[1] == [2]
+    with pytest.raises(ValueError, match="at T = 2 no evaluation may reuse"):
+        train_ltc.plan("uvit256", "dpm-solver-2s", 2)
+
+
 # ------------------------------------------------------------------------------------------------
 # Images
 
@@ -324,7 +330,9 @@ def test_a_folder_of_classes_as_people_have_it(tmp_path):
     (["--model", "dit256"], "every other model on --images"),
     (["--images", "x"], "digits are trained on the shipped ones"),
     (["--guidance", "3"], "leave --guidance out"),
-    (["--model", "emoji", "--images", "x", "--weights", "none"], "No such file or directory: 'x'"),
+    (["--model", "emoji", "--images", "x"], "emoji takes prompts"),  # all before a download
+    (["--model", "dit256", "--images", "x"], "No such file or directory: 'x'"),
+    (["--model", "dit256", "--images", "x", "--sampler", "ddpm"], "use --sampler ddim"),
     (["--target-cur", "40"], "a share, like 0.4"), (["--target-cur", "0.5"], "must be below 0.5"),
     (["--sampler", "ddpm"], "use --sampler ddim"),
     (["--batch-size", "0"], "--batch-size must be 1 or more"),

@@ -289,7 +289,12 @@ def test_learning_to_caches_router_takes_its_codes_decisions(tmp_path):
         file.check("dit256", "ddim", 8, 6)
 
 
-def test_rows_that_are_no_router_are_refused(tmp_path):
-    torch.save({"0.prob": torch.zeros(4), "2.prob": torch.zeros(4)}, tmp_path / "a.pt")
+@pytest.mark.parametrize("rows", [
+    {"0.prob": torch.zeros(4), "2.prob": torch.zeros(4)},
+    {f"{i}.prob": torch.zeros(4) for i in range(7)},  # two evaluations a step
+    {f"{i}.prob": torch.zeros(4, dtype=torch.int64) for i in range(8)},
+])
+def test_rows_that_are_no_router_are_refused(tmp_path, rows):
+    torch.save(rows, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="is not a router file"):
         checkpoint.read_official_router(tmp_path / "a.pt")
