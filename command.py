@@ -370,9 +370,9 @@ def add_model_flags(parser, steps=20):
                         help="the network's weights, if not the usual: a file or a folder")
     parser.add_argument("--steps", type=int, help=f"T, denoising steps, 2 to 1000 ({steps})")
     parser.add_argument("--sampler", type=name,
-                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or sa-solver "
-                             "(digits, dit: ddim; emoji, pixart, sigma: dpm-solver++); for U-ViT "
-                             "dpm-solver-2s, its default, or dpm-solver-3s")
+                        help="ddim, ddim:ETA with ETA from 0 to 1, ddpm, dpm-solver++ or "
+                             "sa-solver; for U-ViT dpm-solver-2s or dpm-solver-3s (digits, dit: "
+                             "ddim; emoji, pixart, sigma: dpm-solver++; uvit: dpm-solver-2s)")
     parser.add_argument("--guidance", type=finite,
                         help="guidance scale; 1 is no guidance (digits: 2.5; emoji: 2; dit: 1.5; "
                              "pixart, sigma: 4.5; uvit256: 1.4; uvit512: 1.7)")

@@ -663,7 +663,7 @@ def test_an_outline_is_the_model_without_weights(name, monkeypatch):
     """And `--help` says the defaults that it brings."""
     for module, attribute in ((command, "download"), (models, "hugging_face")):
         monkeypatch.setattr(module, attribute, lambda *args: pytest.fail(f"asked for {args}"))
-    for module in (dit, pixart):
+    for module in (dit, pixart, uvit):
         monkeypatch.setattr(module, "read_weights", lambda *args: pytest.fail(f"read {args}"))
     model = models.outline(name)
     assert model.name == name and len(model.network.branches) > 0 and min(model.pixels) > 0
